@@ -1,0 +1,58 @@
+"""Argument checks of the public functions: each raises one error that helps.
+
+An error says which function, what it needs, what it got with its value, and what to
+do. Only static facts are checked here; values are checked in `tree.map_where`.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def describe(x: Any) -> str:
+    """An array's dtype and shape as one word, e.g. ``float32[3, 4]``."""
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def is_array(x: Any) -> bool:
+    """Whether ``x`` has a shape and a dtype: arrays, tracers, shape structs."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def is_floating(x: Any) -> bool:
+    return is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether the values of ``x`` can be read now."""
+    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
+
+
+def floating(caller: str, x: Any) -> jax.Array:
+    """``x`` as a JAX array, once it is known to be floating point."""
+    if not is_floating(jnp.asarray(x) if not is_array(x) else x):
+        got = describe(x) if is_array(x) else repr(x)
+        raise TypeError(
+            f"{caller} needs a floating array, got {got}. Cast it, or leave this leaf "
+            "out with `where`."
+        )
+    return jnp.asarray(x)
+
+
+def integer_within(caller: str, name: str, value: Any, low: int, high: int) -> int:
+    """``value`` as an int, once it is known to lie in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{caller} needs an integer {name}, got {value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"{caller} needs {low} <= {name} <= {high}, got {value}.")
+    return int(value)
+
+
+def number(caller: str, name: str, value: Any) -> Any:
+    """``value`` unchanged; a NaN among Python or NumPy numbers is an error."""
+    if isinstance(value, int | float | np.number) and math.isnan(value):
+        raise ValueError(f"{caller} needs a number for {name}, got {value}.")
+    return value

@@ -1,0 +1,1 @@
+"""Distillation losses: pure functions on arrays, in nats per example."""

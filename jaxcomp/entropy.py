@@ -1,0 +1,297 @@
+"""Order-0 entropy coding of symbol streams: where pruning and few values become bytes.
+
+A quantized or pruned leaf has few distinct symbols, some far more frequent than others.
+An entropy coder stores them in close to their entropy; a packed array cannot. The coder
+is the rANS stack of constriction; this file adds what a file format needs: integer
+frequencies that any other decoder can rebuild exactly, a table of a byte or so per
+symbol, and plain bit packing where coding would not pay.
+
+A stream is the varint of the number of symbols, then blocks of at most 2**22 of them.
+Bits fill a byte from the lowest, as in `jaxcomp.bits`; this file is NumPy, so that it
+compiles nothing for the many lengths that streams have.
+"""
+
+import constriction
+import numpy as np
+
+
+_BLOCK = 1 << 22  # symbols; bounds the memory, and what a damaged stream can ask for
+_CODED = 17  # block kinds 0 to 16 are packed, with that many bits a symbol
+_MASS = 1 << 24  # the frequencies of a block add up to this; fixed by constriction
+_TABLE = 1 << 17  # bytes; the runs and roots of 65,536 symbols need fewer
+
+
+def order0_entropy(counts: np.ndarray) -> float:
+    """The Shannon entropy of a histogram, in bits per symbol.
+
+    Args:
+      counts: int[symbols]; how often each symbol occurs, none negative.
+
+    Returns:
+      Bits per symbol; 0.0 when no symbol or only one occurs.
+
+    Raises:
+      ValueError: a count is negative.
+
+    >>> order0_entropy(np.array([2, 1, 1, 0]))
+    1.5
+    """
+    seen = np.asarray(counts, np.float64)
+    if np.any(seen < 0):
+        raise ValueError(
+            f"order0_entropy needs counts >= 0, got {seen.min():g}. Pass a histogram, "
+            "such as that of np.bincount."
+        )
+    seen = seen[seen > 0]
+    if seen.size < 2:
+        return 0.0
+    return float(seen @ np.log2(seen.sum() / seen) / seen.sum())
+
+
+def encode_symbols(symbols: np.ndarray) -> bytes:
+    """Codes a stream of small unsigned integers close to its order-0 entropy.
+
+    The bytes depend on the symbols alone, not on the dtype, process or platform.
+
+    Args:
+      symbols: uint8[size] or uint16[size].
+
+    Returns:
+      A self-describing stream for `decode_symbols`, never longer than the symbols
+      packed with equally many bits each, but for at most 8 bytes and 4 more for each
+      further 2**22 symbols.
+
+    Raises:
+      TypeError: the dtype is neither uint8 nor uint16.
+      ValueError: ``symbols`` is not one-dimensional.
+
+    >>> encode_symbols(np.array([6, 7, 7, 6], np.uint8)).hex(" ")
+    '04 01 06 06'
+    """
+    symbols = np.asarray(symbols)
+    if symbols.dtype.kind != "u" or symbols.dtype.itemsize > 2:
+        raise TypeError(
+            f"encode_symbols needs uint8 or uint16, got {symbols.dtype}"
+            f"{list(symbols.shape)}. Cast the symbols, or split them into bytes."
+        )
+    if symbols.ndim != 1:
+        raise ValueError(
+            f"encode_symbols needs one axis, got shape {symbols.shape}. Flatten it."
+        )
+    blocks = [
+        _encode_block(symbols[i : i + _BLOCK], is_last=i + _BLOCK >= symbols.size)
+        for i in range(0, symbols.size, _BLOCK)
+    ]
+    return b"".join([encode_varint(symbols.size), *blocks])
+
+
+def decode_symbols(data: bytes, size: int | None = None) -> np.ndarray:
+    """The symbols that `encode_symbols` coded.
+
+    Args:
+      data: one whole stream.
+      size: the number of symbols the stream must hold, if the caller knows it; another
+        number is refused before anything is allocated.
+
+    Returns:
+      uint8[size] if every symbol is below 256, else uint16[size].
+
+    Raises:
+      ValueError: ``data`` is not a whole stream, or not one of ``size`` symbols.
+
+    >>> decode_symbols(bytes.fromhex("04 01 06 06"))
+    array([6, 7, 7, 6], dtype=uint8)
+    """
+    left, pos = decode_varint(data, 0)
+    if size is not None and left != size:
+        raise ValueError(
+            f"decode_symbols needs a stream of {size} symbols, got one of {left}. Pass "
+            "the size that was encoded, or the stream that belongs to this size."
+        )
+    blocks = [np.zeros(0, np.uint8)]
+    while left:
+        count = min(left, _BLOCK)
+        block, pos = _decode_block(data, pos, count, is_last=count == left)
+        blocks.append(block.astype(np.uint8 if block.max() < 256 else np.uint16))
+        left -= count
+    if pos != len(data):
+        raise _damaged(f"{len(data) - pos} bytes follow the last block")
+    return np.concatenate(blocks)
+
+
+def encode_varint(value: int) -> bytes:
+    """A non-negative integer in seven bits a byte, low bits first (LEB128).
+
+    >>> encode_varint(300).hex(" ")
+    'ac 02'
+    """
+    if value < 0:
+        raise ValueError(f"encode_varint needs a value >= 0, got {value}.")
+    groups = [value >> shift & 127 for shift in range(0, value.bit_length() or 1, 7)]
+    return bytes([128 + group for group in groups[:-1]] + groups[-1:])
+
+
+def decode_varint(data: bytes, pos: int) -> tuple[int, int]:
+    """The integer that `encode_varint` put at ``data[pos]``, and where it ends.
+
+    Raises:
+      ValueError: ``data`` ends inside it, or it takes more than nine bytes (63 bits).
+
+    >>> decode_varint(bytes.fromhex("ac 02"), 0)
+    (300, 2)
+    """
+    value = 0
+    for i, byte in enumerate(data[pos : pos + 9]):
+        value |= (byte & 127) << 7 * i
+        if byte < 128:
+            return value, pos + i + 1
+    raise ValueError(
+        f"decode_varint needs a varint of at most 9 bytes at byte {pos}, got "
+        f"{len(data)} bytes that hold none there. The data is cut off or damaged."
+    )
+
+
+def _damaged(what: str) -> ValueError:
+    return ValueError(
+        f"decode_symbols needs a whole stream of encode_symbols, got one where {what}. "
+        "The data is cut off, damaged or something else: fetch it again."
+    )
+
+
+def _encode_block(symbols: np.ndarray, is_last: bool) -> bytes:
+    counts = np.bincount(symbols)
+    alphabet = np.flatnonzero(counts)
+    counts = counts[alphabet]
+    base = int(alphabet[0])
+    width = (int(alphabet[-1]) - base).bit_length()
+    packed = bytes([width]) + encode_varint(base)
+    if alphabet.size == 1:
+        return packed
+    # Twice the square root, rounded, is as fine as the counts deserve: the error costs
+    # about 1/24 nat per symbol of the alphabet, 1/8 at most, whatever the counts are.
+    # Square root and rounding are exact in IEEE arithmetic, so the bytes are portable.
+    roots = np.rint(2 * np.sqrt(counts)).astype(np.uint16)
+    table = _encode_table(alphabet, roots)
+    # The collision entropy bounds the entropy from below. In integers: no logarithm
+    # whose last bit depends on the platform. Saves coding bytes that are pure noise.
+    excess = int(counts @ counts << width) - symbols.size**2
+    if 3 * excess > 2 * 8 * len(table) * symbols.size:
+        ranks = np.zeros(alphabet[-1] + 1, np.int32)
+        ranks[alphabet] = np.arange(alphabet.size)
+        coder = constriction.stream.stack.AnsCoder()
+        coder.encode_reverse(ranks[symbols], _model(roots))
+        payload = coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+        length = b"" if is_last else encode_varint(len(payload))
+        coded = bytes([_CODED]) + table + length + payload
+        if len(coded) < len(packed) + (symbols.size * width + 7) // 8:
+            return coded
+    return packed + _pack(symbols - symbols.dtype.type(base), width)
+
+
+def _decode_block(
+    data: bytes, pos: int, count: int, is_last: bool
+) -> tuple[np.ndarray, int]:
+    if pos >= len(data):
+        raise _damaged(f"a block of {count} symbols is missing")
+    kind = data[pos]
+    if kind > _CODED:
+        raise _damaged(f"byte {pos} names the unknown block kind {kind}")
+    if kind < _CODED:
+        base, pos = decode_varint(data, pos + 1)
+        end = pos + (count * kind + 7) // 8
+        if end > len(data):
+            raise _damaged(f"{end - len(data)} bytes of packed symbols are missing")
+        symbols = _unpack(data[pos:end], count, kind)
+        if base + int(symbols.max()) > 65535:
+            raise _damaged(f"symbols reach {base + int(symbols.max())}, over 65535")
+        return symbols + np.uint16(base), end
+    alphabet, roots, pos = _decode_table(data, pos + 1)
+    if np.sum(roots.astype(np.int64) ** 2) > 8 * count:  # no counts have such roots
+        raise _damaged(f"the table does not fit a block of {count} symbols")
+    length, pos = (len(data) - pos, pos) if is_last else decode_varint(data, pos)
+    payload = data[pos : pos + length]
+    if len(payload) < length or payload.endswith(b"\0"):
+        raise _damaged(f"{length} bytes of coded symbols are cut off or end in a zero")
+    words = np.frombuffer(payload + bytes(-length % 4), "<u4").astype(np.uint32)
+    coder = constriction.stream.stack.AnsCoder(words)
+    ranks = coder.decode(_model(roots), count)
+    if not coder.is_empty():  # decoding undoes encoding down to the empty stack
+        raise _damaged(f"{length} bytes do not decode to {count} symbols")
+    return alphabet[ranks], pos + length
+
+
+def _model(roots: np.ndarray) -> constriction.stream.model.Categorical:
+    # constriction turns floats p into frequencies f = diff(floor(cumsum(p) * s)) + 1
+    # with s = (2**24 - n) / sum(p). These p are integers with s = 1, hence f = p + 1
+    # without any rounding: the frequencies follow from the roots by integers alone.
+    free = _MASS - roots.size
+    edges = np.cumsum(roots.astype(np.int64) ** 2)
+    p = np.diff(edges * free // edges[-1], prepend=0)
+    return constriction.stream.model.Categorical(p.astype(np.float64), perfect=False)
+
+
+def _encode_table(alphabet: np.ndarray, roots: np.ndarray) -> bytes:
+    breaks = np.flatnonzero(np.diff(alphabet) > 1) + 1
+    starts = alphabet[np.concatenate([[0], breaks])]
+    stops = alphabet[np.concatenate([breaks - 1, [-1]])] + 1
+    steps = np.diff(np.stack([starts, stops], axis=1).ravel())  # run, gap, run, ...
+    width = int(roots.max()).bit_length()
+    numbers = [starts.size, int(starts[0]) + 1, *steps.tolist(), width]
+    # Elias gamma: as many zeros as bits follow the leading one, lowest bit first.
+    bits = "".join("0" * (v.bit_length() - 1) + "1" + f"{v:b}"[:0:-1] for v in numbers)
+    return int(bits[::-1], 2).to_bytes((len(bits) + 7) // 8, "little") + _pack(
+        roots, width
+    )
+
+
+def _decode_table(data: bytes, pos: int) -> tuple[np.ndarray, np.ndarray, int]:
+    window = np.frombuffer(data[pos : pos + _TABLE], np.uint8)
+    bits = (np.unpackbits(window, bitorder="little") + ord("0")).tobytes()
+    runs, at = _decode_gamma(bits, 0)
+    first, at = _decode_gamma(bits, at)
+    edges = [first - 1]
+    while len(edges) < 2 * runs and edges[-1] < 65536:
+        step, at = _decode_gamma(bits, at)
+        edges.append(edges[-1] + step)
+    if len(edges) < 2 * runs or not edges[0] + 2 <= edges[-1] <= 65536:
+        raise _damaged(f"a table of {runs} runs from {edges[0]} reaches {edges[-1]}")
+    width, at = _decode_gamma(bits, at)
+    alphabet = np.concatenate(
+        [np.arange(*run) for run in zip(edges[::2], edges[1::2], strict=True)]
+    ).astype(np.uint16)
+    pos += (at + 7) // 8
+    end = pos + (alphabet.size * width + 7) // 8
+    if width > 16 or end > len(data):
+        raise _damaged(f"{alphabet.size} roots of {width} bits are not there")
+    roots = _unpack(data[pos:end], alphabet.size, width)
+    if not roots.all():
+        raise _damaged("the table lists a symbol with the root 0")
+    return alphabet, roots, end
+
+
+def _decode_gamma(bits: bytes, at: int) -> tuple[int, int]:
+    one = bits.find(b"1", at, at + 17)  # no number in a table has more than 17 bits
+    end = 2 * one - at + 1
+    if one < 0 or end > len(bits):
+        raise _damaged("the table ends early or holds a number over 131071")
+    return int(b"1" + bits[one + 1 : end][::-1], 2), end
+
+
+def _pack(values: np.ndarray, width: int) -> bytes:
+    if width in (8, 16):
+        return values.astype(f"<u{width // 8}").tobytes()
+    bits = np.empty((values.size, width), np.uint8)
+    for i in range(width):
+        bits[:, i] = values >> i & 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def _unpack(data: bytes, count: int, width: int) -> np.ndarray:
+    if width in (8, 16):
+        return np.frombuffer(data, f"<u{width // 8}").astype(np.uint16)
+    window = np.frombuffer(data, np.uint8)
+    bits = np.unpackbits(window, count=count * width, bitorder="little")
+    values = np.zeros(count, np.uint16)
+    for i, column in enumerate(bits.reshape(count, width).T):
+        values |= column.astype(np.uint16) << i
+    return values

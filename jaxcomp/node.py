@@ -1,0 +1,152 @@
+"""Nodes: what stands in a params tree where an array was.
+
+A node is a frozen pytree class. It holds the small form of one array, gives the array
+back (`dense`), says honestly how many bits it takes (`nbits`), and takes new values
+without changing its kind (`encode`), which is how one technique survives the next.
+"""
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class CompressedArray(abc.ABC):
+    """One array in a smaller form. Every subclass is final and holds no code to run.
+
+    Attributes:
+      shape: the shape of the array that it stands for (static).
+    """
+
+    shape: tuple[int, ...]
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any:
+        """The dtype of `dense`."""
+
+    @abc.abstractmethod
+    def dense(self) -> jax.Array:
+        """The array it stands for: float[*shape]."""
+
+    @abc.abstractmethod
+    def nbits(self) -> int:
+        """Bits it takes to store: codes, scales, zero points, codebooks, padding."""
+
+    @abc.abstractmethod
+    def encode(self, x: jax.Array) -> "CompressedArray":
+        """A node of the same kind and settings that holds ``x``, zeros kept exact.
+
+        Entries of ``x`` that equal `dense` keep their code, bit for bit.
+        """
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """What was done to the array, in a few words, for a report."""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class TiedTensor(CompressedArray):
+    """The same array as another leaf of the tree, held there and not here.
+
+    It has no arrays, so an optimizer sees one set of weights, the gradient of that set
+    is the sum over its uses, and tied leaves cannot drift apart. Only `densify`, which
+    sees the whole tree, can resolve it.
+
+    Attributes:
+      source: path of the leaf that holds the array (static).
+      shape: shape of the array (static).
+      name: dtype name of the array (static).
+    """
+
+    source: str = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    name: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.name)
+
+    def dense(self) -> jax.Array:
+        raise ValueError(
+            f"TiedTensor.dense needs the tree that holds {self.source!r}, to which "
+            "this leaf is tied. Call `densify` on the whole tree."
+        )
+
+    def nbits(self) -> int:
+        return 0
+
+    def encode(self, x: jax.Array) -> CompressedArray:
+        del x  # the source takes the new values
+        return self
+
+    def describe(self) -> str:
+        return f"tied to {self.source}"
+
+
+def is_compressed(x: Any) -> bool:
+    """Whether ``x`` is a node, for the ``is_leaf`` of `jax.tree.map`."""
+    return isinstance(x, CompressedArray)
+
+
+def path_of(keys: Any) -> str:
+    """The path of a leaf from its JAX key path, e.g. ``encoder/0/kernel``."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """Paths, leaves (a node is one leaf) and the structure of a tree."""
+    named, treedef = jax.tree.flatten_with_path(tree, is_leaf=is_compressed)
+    return [path_of(keys) for keys, _ in named], [leaf for _, leaf in named], treedef
+
+
+def densify(tree: Any) -> Any:
+    """Every node of ``tree`` turned back into its array; other leaves pass through.
+
+    Works under jit and is differentiable in the float arrays of the nodes. Any model
+    runs on the result.
+
+    Raises:
+      ValueError: a leaf is tied to a path that ``tree`` does not have, or to itself
+        around a circle.
+
+    >>> import jaxcomp as jc
+    >>> small = jc.quantize_tree({"kernel": jnp.ones((2, 3))}, bits=4)
+    >>> densify(small)["kernel"].tolist()
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    paths, leaves, treedef = flatten(tree)
+    held = dict(zip(paths, leaves, strict=True))
+
+    def source_of(path: str) -> str:
+        seen = [path]
+        while isinstance(node := held[seen[-1]], TiedTensor):
+            if node.source not in held or node.source in seen:
+                raise ValueError(
+                    f"densify needs the leaf that {path!r} is tied to, but "
+                    f"{node.source!r} is {'a circle' if node.source in seen else 'not'}"
+                    " in this tree. Pass the whole tree that `tie_layers` returned."
+                )
+            seen.append(node.source)
+        return seen[-1]
+
+    dense = {
+        path: leaf.dense() if is_compressed(leaf) else leaf
+        for path, leaf in held.items()
+        if not isinstance(leaf, TiedTensor)
+    }
+    return jax.tree.unflatten(treedef, [dense[source_of(path)] for path in paths])

@@ -1,0 +1,13 @@
+"""Pruning: arrays to scores, scores to masks, masks to zeros."""
+
+from jaxcomp.prune.budgets import Budget as Budget
+from jaxcomp.prune.budgets import global_budget as global_budget
+from jaxcomp.prune.budgets import leaf_budget as leaf_budget
+from jaxcomp.prune.oneshot import apply_masks as apply_masks
+from jaxcomp.prune.oneshot import clip_tree as clip_tree
+from jaxcomp.prune.oneshot import masks as masks
+from jaxcomp.prune.oneshot import prune_tree as prune_tree
+from jaxcomp.prune.scores import Score as Score
+from jaxcomp.prune.scores import magnitude as magnitude
+from jaxcomp.prune.scores import random_scores as random_scores
+from jaxcomp.prune.top import top_mask as top_mask

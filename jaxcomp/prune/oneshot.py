@@ -1,0 +1,157 @@
+"""Masks for a whole tree, and what is done to a tree with a mask or a threshold."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp import _check
+from jaxcomp.node import TiedTensor, flatten, is_compressed
+from jaxcomp.prune.budgets import Budget, leaf_budget
+from jaxcomp.prune.scores import Score, magnitude
+from jaxcomp.tree import Where, check_finite, is_matrix, map_values, map_where, select
+
+
+def masks(
+    params: Any,
+    sparsity: float | jax.Array | Mapping[str, float],
+    *,
+    score: Score = magnitude,
+    budget: Budget = leaf_budget,
+    where: Where = is_matrix,
+) -> Any:
+    """Masks that remove the lowest-scored weights of the selected leaves.
+
+    Args:
+      params: any pytree of arrays and nodes.
+      sparsity: fraction of the selected entries to remove, in [0, 1); with
+        `leaf_budget` also path -> fraction.
+      score: tree of float[*shape] -> tree of scores, higher is better: `magnitude`,
+        ``random_scores(key)``.
+      budget: how the fraction is shared out: `leaf_budget`, `global_budget`.
+      where: (path, leaf) -> bool.
+
+    Returns:
+      A tree of bools shaped like ``params``: bool[*shape] where selected, the scalar
+      True elsewhere. Counts are exact, ties go by index.
+
+    Raises:
+      ValueError: nothing is selected, a selected leaf holds a NaN or an infinity, or
+        ``sparsity`` is out of range.
+
+    >>> masks({"kernel": jnp.array([[1.0, -3.0, 2.0, 0.5]]), "bias": jnp.ones(2)}, 0.5)
+    {'bias': Array(True, dtype=bool),
+     'kernel': Array([[False,  True,  True, False]], dtype=bool)}
+    """
+    chosen = jax.tree.leaves(select(params, where, compressed=True))
+    paths, leaves, treedef = flatten(params)
+    taken = {
+        path: leaf.dense() if is_compressed(leaf) else leaf
+        for path, leaf, is_taken in zip(paths, leaves, chosen, strict=True)
+        if is_taken
+    }
+    check_finite("masks", list(taken.items()))
+    found = budget(score(taken), sparsity)
+    keep = jnp.ones((), bool)
+    return jax.tree.unflatten(treedef, [found.get(path, keep) for path in paths])
+
+
+def apply_masks(params: Any, masks: Any) -> Any:
+    """Zeroes every weight whose mask is False; the others keep their bits.
+
+    Args:
+      params: any pytree. Nodes stay nodes, encoded again in place.
+      masks: bools shaped like ``params``, one for a node; a scalar True leaves a leaf
+        as it is.
+
+    Raises:
+      ValueError: the trees, or a leaf and its mask, have different shapes.
+
+    >>> apply_masks({"kernel": jnp.ones(2)}, {"kernel": jnp.array([True, False])})
+    {'kernel': Array([1., 0.], dtype=float32)}
+    """
+    paths, leaves, treedef = flatten(params)
+    given: Any = jax.tree.structure(masks)
+    if given != jax.tree.structure(jax.tree.unflatten(treedef, [True] * len(leaves))):
+        raise ValueError(
+            f"apply_masks needs masks shaped like params, got {given} for {treedef}. "
+            "Make them with `prune.masks(params, ...)`."
+        )
+
+    def apply(path: str, leaf: Any, mask: Any) -> Any:
+        if isinstance(leaf, TiedTensor) or not jnp.ndim(mask):
+            if _check.is_concrete(mask) and not bool(mask):
+                raise ValueError(
+                    f"apply_masks needs a mask of the shape of leaf {path!r}, or a "
+                    "scalar True, got a scalar False."
+                )
+            return leaf
+        if jnp.shape(mask) != leaf.shape:
+            raise ValueError(
+                f"apply_masks needs a mask of shape {list(leaf.shape)} for leaf "
+                f"{path!r}, got {list(jnp.shape(mask))}."
+            )
+        dense = leaf.dense() if is_compressed(leaf) else leaf
+        kept = jnp.where(mask, dense, jnp.zeros((), dense.dtype))
+        return leaf.encode(kept) if is_compressed(leaf) else kept
+
+    rows = zip(paths, leaves, jax.tree.leaves(masks), strict=True)
+    return jax.tree.unflatten(treedef, [apply(*row) for row in rows])
+
+
+def prune_tree(params: Any, theta: float, *, where: Where = is_matrix) -> Any:
+    """Zeroes the weights of the selected leaves with ``|w| < theta``.
+
+    Args:
+      params: any pytree. Nodes stay nodes, encoded again in place.
+      theta: threshold in the unit of the weights, not negative; a weight of exactly
+        ``theta`` stays.
+      where: (path, leaf) -> bool.
+
+    Returns:
+      A tree of the same keys, shapes and dtypes. Other weights keep their bits.
+
+    Raises:
+      ValueError: ``theta`` is negative or NaN, nothing is selected, or a selected leaf
+        holds a NaN or an infinity.
+
+    >>> prune_tree({"kernel": jnp.array([[0.1, -0.5]])}, theta=0.5)
+    {'kernel': Array([[ 0. , -0.5]], dtype=float32)}
+    """
+    _check.number("prune_tree", "theta", theta)
+    if not isinstance(theta, jax.Array) and theta < 0:
+        raise ValueError(f"prune_tree needs theta >= 0, got {theta}.")
+
+    def prune(w: jax.Array) -> jax.Array:
+        return jnp.where(jnp.abs(w) < theta, jnp.zeros((), w.dtype), w)
+
+    return map_values(prune, params, where, caller="prune_tree")
+
+
+def clip_tree(params: Any, lo: float, hi: float, *, where: Where = is_matrix) -> Any:
+    """Clips the weights of the selected leaves into ``[lo, hi]``.
+
+    Args:
+      params: any pytree.
+      lo: least value, in the unit of the weights, at most 0: pruned zeros stay zeros.
+      hi: greatest value, at least 0.
+      where: (path, leaf) -> bool.
+
+    Raises:
+      ValueError: not ``lo <= 0 <= hi``, nothing is selected, a selected leaf holds a
+        NaN or an infinity, or is compressed: a grid need not have ``lo`` and ``hi``.
+
+    >>> clip_tree({"kernel": jnp.array([[0.1, -0.5]])}, -0.2, 0.2)
+    {'kernel': Array([[ 0.1, -0.2]], dtype=float32)}
+    """
+    for name, bound in (("lo", lo), ("hi", hi)):
+        _check.number("clip_tree", name, bound)
+    if not lo <= 0 <= hi:
+        raise ValueError(f"clip_tree needs lo <= 0 <= hi, got lo={lo}, hi={hi}.")
+    return map_where(
+        lambda w: jnp.clip(w, jnp.asarray(lo, w.dtype), jnp.asarray(hi, w.dtype)),
+        params,
+        where,
+        caller="clip_tree",
+    )

@@ -1,0 +1,7 @@
+"""Quantization: arrays to integer codes on a grid."""
+
+from jaxcomp.quant.grid import QTensor as QTensor
+from jaxcomp.quant.grid import quantize as quantize
+from jaxcomp.quant.grid import quantize_affine as quantize_affine
+from jaxcomp.quant.grid import quantize_step as quantize_step
+from jaxcomp.quant.grid import quantize_tree as quantize_tree
