@@ -22,6 +22,8 @@ from jaxcomp.share import SharedTensor as SharedTensor
 from jaxcomp.share import palettize as palettize
 from jaxcomp.share import share_tree as share_tree
 from jaxcomp.share import tie_layers as tie_layers
+from jaxcomp.storage import load as load
+from jaxcomp.storage import save as save
 from jaxcomp.train import keep_zeros as keep_zeros
 from jaxcomp.train import prune_gradually as prune_gradually
 from jaxcomp.tree import Where as Where

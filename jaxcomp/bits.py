@@ -6,6 +6,7 @@ takes the bits ``i * bits`` to ``(i + 1) * bits - 1``, bit 0 being the lowest of
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ def _pad(x: jax.Array, multiple: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], x.shape[-1] // multiple, multiple)
 
 
+@partial(jax.jit, static_argnames="bits")
 def pack(codes: jax.Array, bits: int) -> jax.Array:
     """Packs codes along the last axis.
 
@@ -75,6 +77,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     return stream[..., : nbytes(count, bits)]
 
 
+@partial(jax.jit, static_argnames=("bits", "count"))
 def unpack(packed: jax.Array, bits: int, count: int) -> jax.Array:
     """The inverse of `pack`.
 

@@ -210,13 +210,15 @@ def _decode_block(
         raise _damaged(f"the table does not fit a block of {count} symbols")
     length, pos = (len(data) - pos, pos) if is_last else decode_varint(data, pos)
     payload = data[pos : pos + length]
-    if len(payload) < length or payload.endswith(b"\0"):
-        raise _damaged(f"{length} bytes of coded symbols are cut off or end in a zero")
+    if len(payload) < max(length, 1) or payload.endswith(b"\0"):
+        raise _damaged(f"a payload of {length} bytes is cut off or ends in a zero")
     words = np.frombuffer(payload + bytes(-length % 4), "<u4").astype(np.uint32)
     coder = constriction.stream.stack.AnsCoder(words)
     ranks = coder.decode(_model(roots), count)
     if not coder.is_empty():  # decoding undoes encoding down to the empty stack
-        raise _damaged(f"{length} bytes do not decode to {count} symbols")
+        raise _damaged(
+            f"a payload of {length} bytes does not decode to {count} symbols"
+        )
     return alphabet[ranks], pos + length
 
 

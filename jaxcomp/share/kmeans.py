@@ -62,9 +62,9 @@ def optimal_centroids(
     points, mass = _distinct(values, weights)
     if points.size <= clusters:
         return points
-    # Squares of values near 1 neither overflow nor vanish; a power of 2 rounds nothing.
-    exponent = np.frexp(np.abs(points).max())[1]
-    points = np.ldexp(points, -exponent)
+    # Below 2**400 no sum of squares overflows; to multiply by a power of 2 is exact.
+    shift = 400 - np.frexp(np.abs(points).max())[1]
+    points = np.ldexp(points, shift)
     bins = clusters + min(_SPARE_BINS, _TABLE_ENTRIES // clusters)
     edges = _bin_edges(points, mass, bins)
     # Prefix sums count from the median outwards, so that a far outlier, whose square
@@ -78,7 +78,7 @@ def optimal_centroids(
     origin = points[start]  # a cluster of one point is that point to the last bit
     offset = points - np.repeat(origin, np.diff(bounds))
     mean = np.add.reduceat(mass * offset, start) / np.add.reduceat(mass, start)
-    return np.ldexp(origin + mean, exponent)
+    return np.ldexp(origin + mean, -shift)
 
 
 def assign(values: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -179,11 +179,11 @@ def _optimal_bounds(moments: np.ndarray, clusters: int) -> np.ndarray:
     ``moments``: float64[3, bins + 1], prefix sums of mass, first and second moment.
     """
     mass, first, second = moments
+    least = np.spacing(np.ptp(mass))  # what is lighter is lost in the prefix sums
 
     def cost(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
         moment = first[stop] - first[start]
-        # A mass below the rounding of the sum vanishes, and then it costs nothing.
-        weight = np.maximum(mass[stop] - mass[start], np.finfo(mass.dtype).tiny)
+        weight = np.maximum(mass[stop] - mass[start], least)
         return np.maximum(second[stop] - second[start] - moment * moment / weight, 0.0)
 
     # Row r of layer q ends cluster q (from 0) at bin r + q + 1, which leaves a bin for
@@ -220,7 +220,7 @@ def _polish(bounds: np.ndarray, centred: np.ndarray, moments: np.ndarray) -> np.
     """Moves bounds between sorted points by Lloyd's iterations, to a fixed point."""
     mass, first, _ = moments
     for _ in range(_LLOYD_STEPS):
-        weight = np.maximum(np.diff(mass[bounds]), np.finfo(mass.dtype).tiny)
+        weight = np.maximum(np.diff(mass[bounds]), np.spacing(np.ptp(mass)))
         mean = np.diff(first[bounds]) / weight
         moved = bounds.copy()
         moved[1:-1] = np.searchsorted(centred, 0.5 * (mean[:-1] + mean[1:]), "right")

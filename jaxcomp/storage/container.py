@@ -1,0 +1,385 @@
+"""The file: a tree of arrays and nodes in one safetensors file, as small as it is.
+
+Each leaf is stored in the smaller of two profiles. *Packed*: its arrays are named
+tensors of their own dtype, which any safetensors reader sees. *Coded*: its arrays are
+entropy coded, one after the other, in one uint8 tensor under the leaf's path. The
+header's single metadata entry, ``jaxcomp``, holds the structure and the checksums;
+docs/format.md is the specification. Nothing in a file is ever executed.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors.numpy import save as write_safetensors
+
+from jaxcomp import _check
+from jaxcomp import bits as packing
+from jaxcomp.entropy import decode_symbols, decode_varint, encode_symbols, encode_varint
+from jaxcomp.node import CompressedArray, TiedTensor, flatten, is_compressed
+from jaxcomp.quant import QTensor
+from jaxcomp.share import SharedTensor
+from jaxcomp.storage.planes import decode_array, encode_array
+from jaxcomp.storage.structure import decode_tree, encode_tree
+from jaxcomp.tree import list_paths
+
+
+VERSION = 1
+
+# Every kind of node: its class, and those of its fields that hold packed codes.
+KINDS: dict[str, tuple[type[CompressedArray], tuple[str, ...]]] = {
+    "QTensor": (QTensor, ("codes", "zero")),
+    "SharedTensor": (SharedTensor, ("codes",)),
+    "TiedTensor": (TiedTensor, ()),
+}
+
+NATIVE = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
+}
+
+ENTRY = 60  # bytes that one more tensor takes in the header, besides its name
+
+
+def save(path: str | os.PathLike, tree: Any) -> int:
+    """Writes a tree of arrays and nodes to one safetensors file, atomically.
+
+    Leaves may be JAX or NumPy arrays of any dtype, random keys, nodes, numbers, strings
+    and None. What was at ``path`` stays whole until the new file is.
+
+    Args:
+      path: the file; ``.jxc`` by custom.
+      tree: any pytree: dicts, lists, tuples, NamedTuples, ``nnx.State``, Equinox
+        modules of arrays.
+
+    Returns:
+      The size of the file in bytes.
+
+    Raises:
+      TypeError: a leaf or a key is of a type that has no place in a file.
+      ValueError: two leaves have the same path.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder + "/w.jxc", {"kernel": jnp.zeros((100, 100))}) < 400
+    True
+    """
+    tensors: dict[str, np.ndarray] = {}
+
+    def put(name: str, array: np.ndarray) -> None:
+        if name in tensors:
+            raise ValueError(
+                f"save needs a path of its own for every leaf, but two are {name!r}. "
+                "Rename a key that has a '/'."
+            )
+        tensors[name] = array
+
+    def leaf_spec(path: str, leaf: Any) -> Any:
+        spec, arrays = _leaf_parts(path, leaf)
+        packed = {_field(path, key): a for key, a in arrays.items()}
+        size = sum(a.nbytes + len(name) + ENTRY for name, a in packed.items())
+        exact = all(a.dtype.name in NATIVE.values() for a in arrays.values())
+        if arrays and (not exact or size > 2 * ENTRY):
+            blob = _encode_fields(leaf, arrays)
+            fields = [[k, a.dtype.name, list(a.shape)] for k, a in arrays.items()]
+            coded = [*spec, fields]
+            extra = len(json.dumps(coded)) - len(json.dumps(spec))
+            if not exact or len(blob) + len(path) + ENTRY + extra < size:
+                put(path, np.frombuffer(blob, np.uint8))
+                return coded
+        for name, array in packed.items():
+            put(name, array)
+        return spec
+
+    structure = json.dumps(encode_tree(tree, leaf_spec), separators=(",", ":"))
+    # In a fixed order: safetensors puts wide dtypes first, which keeps them aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    tensors = {name: tensors[name] for name in order}
+    text = f"{VERSION} {_checksums(structure, tensors)} {structure}"
+    return _replace(Path(path), write_safetensors(tensors, {"jaxcomp": text}))
+
+
+def load(path: str | os.PathLike, *, like: Any = None) -> Any:
+    """Reads what `save` wrote, bit for bit.
+
+    Args:
+      path: the file.
+      like: a tree of the same paths, whose structure the result takes: NamedTuples,
+        ``nnx.State``, Equinox modules. Its arrays may be shape structs; what in it is
+        not an array stays. None gives dicts, lists and tuples.
+
+    Returns:
+      The tree. Arrays are JAX arrays; those of a dtype that JAX would narrow (float64
+      without ``jax_enable_x64``) are NumPy arrays.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is truncated, damaged, of a newer version, not a jaxcomp file, or
+        does not fit ``like``. The error names the first tensor or leaf at fault.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = save(folder + "/w.jxc", {"step": 3, "kernel": jnp.ones(2)})
+    ...     load(folder + "/w.jxc")
+    {'kernel': Array([1., 1.], dtype=float32), 'step': 3}
+    """
+    structure, tensors = _read(Path(path))
+
+    def leaf(name: str, spec: list) -> Any:
+        try:
+            return _leaf(name, spec, tensors)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"load cannot read leaf {name!r} of {path}, which is damaged: {error}."
+            ) from error
+
+    tree = decode_tree(structure, leaf)
+    return tree if like is None else _into(like, tree, path)
+
+
+def _field(path: str, key: str) -> str:
+    return f"{path}/{key}" if key else path
+
+
+def _leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
+    """What the structure says of a leaf, and its arrays by field."""
+    if is_compressed(leaf):
+        kind = type(leaf).__name__
+        if kind not in KINDS:
+            raise TypeError(
+                f"save does not know the node {kind} of leaf {path!r}. Densify it."
+            )
+        static, arrays = {}, {}
+        for field in dataclasses.fields(leaf):
+            value = getattr(leaf, field.name)
+            if field.metadata.get("static"):
+                static[field.name] = value
+            elif value is not None:
+                arrays[field.name] = np.asarray(value)
+        return [kind, static], arrays
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        kind = str(jax.random.key_impl(leaf))
+        return ["key", kind], {"": np.asarray(jax.random.key_data(leaf))}
+    if isinstance(leaf, jax.core.Tracer):
+        raise TypeError(f"save needs arrays, but leaf {path!r} is traced: leave jit.")
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        array = np.asarray(leaf)
+        if array.dtype.hasobject or array.dtype.kind in "SUMm":
+            raise TypeError(
+                f"save needs numbers, but leaf {path!r} is {_check.describe(array)}."
+            )
+        return ["array"], {"": array}
+    if isinstance(leaf, bool | int | float | str):
+        return ["value", leaf], {}
+    raise TypeError(
+        f"save needs arrays, numbers, strings and None, but leaf {path!r} is of type "
+        f"{type(leaf).__name__}. Take it out, e.g. by equinox.filter(model, "
+        "equinox.is_array), and give it back with load(path, like=model)."
+    )
+
+
+def _is_codes(kind: str, field: str) -> bool:
+    return kind in KINDS and field in KINDS[kind][1]
+
+
+def _encode_fields(leaf: Any, arrays: dict[str, np.ndarray]) -> bytes:
+    """Each array coded, behind its length as a varint."""
+    parts = []
+    for name, array in arrays.items():
+        if _is_codes(type(leaf).__name__, name):
+            count = array.shape[-1] * 8 // leaf.bits
+            codes = packing.unpack(jnp.asarray(array), leaf.bits, count)
+            part = encode_symbols(np.asarray(codes).reshape(-1))
+        else:
+            part = encode_array(array)
+        parts += [encode_varint(len(part)), part]
+    return b"".join(parts)
+
+
+def _decode_fields(
+    kind: str, static: dict[str, Any], fields: list, data: bytes
+) -> dict[str, np.ndarray]:
+    arrays, start = {}, 0
+    for name, dtype, dims in fields:
+        length, start = decode_varint(data, start)
+        part, start = data[start : start + length], start + length
+        shape = tuple(dims)
+        if _is_codes(kind, name):
+            count = shape[-1] * 8 // static["bits"]
+            codes = decode_symbols(part, math.prod(shape[:-1]) * count)
+            rows = jnp.asarray(codes.reshape(*shape[:-1], count))
+            arrays[name] = np.asarray(packing.pack(rows, static["bits"]))
+        else:
+            arrays[name] = decode_array(part, jnp.dtype(dtype), shape)
+    if start != len(data):
+        raise ValueError(f"{len(data) - start} bytes are left over")
+    return arrays
+
+
+def _leaf(path: str, spec: list, tensors: dict[str, np.ndarray]) -> Any:
+    """The leaf that a spec describes; its arrays are taken out of ``tensors``."""
+    match spec:
+        case ["value", value]:
+            return value
+        case ["array", *coded]:
+            return _to_jax(_arrays(path, "array", {}, coded, ("",), tensors)[""])
+        case ["key", kind, *coded]:
+            data = _arrays(path, "key", {}, coded, ("",), tensors)[""]
+            return jax.random.wrap_key_data(jnp.asarray(data), impl=kind)
+        case [kind, static, *coded] if kind in KINDS:
+            cls = KINDS[kind][0]
+            static = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in static.items()
+            }
+            live = [f.name for f in dataclasses.fields(cls) if not f.metadata]  # type: ignore[arg-type]
+            found = _arrays(path, kind, static, coded, tuple(live), tensors)
+            arrays = {name: None for name in live} | {
+                name: jnp.asarray(array) for name, array in found.items()
+            }
+            return cls(**static, **arrays)
+    raise ValueError(f"{spec!r} describes no leaf of version {VERSION}")
+
+
+def _arrays(
+    path: str,
+    kind: str,
+    static: dict[str, Any],
+    coded: list,
+    names: tuple[str, ...],
+    tensors: dict[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """The arrays of a leaf by field, from either profile."""
+    if coded:
+        return _decode_fields(kind, static, coded[0], tensors.pop(path).tobytes())
+    stored = {name: _field(path, name) for name in names}
+    return {name: tensors.pop(key) for name, key in stored.items() if key in tensors}
+
+
+def _to_jax(array: np.ndarray) -> Any:
+    """A JAX array, unless JAX would narrow it."""
+    keeps = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+    return jnp.asarray(array) if keeps else array
+
+
+def _checksums(text: str, tensors: dict[str, np.ndarray]) -> str:
+    """CRC-32 of the structure and of each tensor in file order, 8 hex digits each."""
+    rows = [text.encode()]
+    for name, array in tensors.items():
+        label = f"{name} {array.dtype.name} {list(array.shape)} "
+        rows.append(label.encode() + array.tobytes())
+    return "".join(f"{zlib.crc32(row):08x}" for row in rows)
+
+
+def _read(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
+    """The structure and the tensors of a file, once all checksums are right."""
+    data = path.read_bytes()
+    try:
+        views = dict(safetensors.deserialize(data))
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"load needs a whole safetensors file, but {path} ({len(data)} bytes) is "
+            f"cut off, damaged or something else: {error}."
+        ) from error
+    text = header.pop("__metadata__", {}).get("jaxcomp", "")
+    version, _, rest = text.partition(" ")
+    if not version.isdecimal():
+        raise ValueError(
+            f"load needs a file of jaxcomp.save, but {path} is plain safetensors with "
+            f"{len(views)} tensors. Read it with safetensors."
+        )
+    if int(version) != VERSION:
+        raise ValueError(
+            f"load reads version {VERSION} of the format, but {path} is of version "
+            f"{version}. Update jaxcomp."
+        )
+    crc, _, structure = rest.partition(" ")
+    tensors = {}
+    for name in header:
+        view = views[name]
+        array = np.frombuffer(view["data"], jnp.dtype(NATIVE[view["dtype"]]))
+        tensors[name] = array.reshape(view["shape"])
+    found = _checksums(structure, tensors)
+    for i, name in enumerate(["the structure", *tensors]):
+        if crc[8 * i : 8 * i + 8] != found[8 * i : 8 * i + 8]:
+            raise ValueError(
+                f"load found {path} damaged: the checksum of {name!r} is wrong. Fetch "
+                "the file again."
+            )
+    return json.loads(structure), tensors
+
+
+def _replace(path: Path, data: bytes) -> int:
+    """Writes a file beside ``path`` and then, whole, puts it in its place."""
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(draft, 0o666 & ~_umask())
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+    return len(data)
+
+
+def _umask() -> int:
+    """The process's mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _into(like: Any, tree: Any, path: Any) -> Any:
+    """The leaves of ``tree`` in the structure of ``like``."""
+    paths, models, treedef = flatten(like)
+    loaded = dict(zip(*flatten(tree)[:2], strict=True))
+    wanted = [p for p, m in zip(paths, models, strict=True) if _is_stored(m)]
+    odd = sorted(set(wanted) ^ set(loaded))
+    if odd:
+        where = "the file" if odd[0] in loaded else "`like`"
+        raise ValueError(
+            f"load needs `like` and {path} to have the same leaves, but only {where} "
+            f"has {odd[0]!r} ({len(odd)} such). The file's are "
+            f"{list_paths(list(loaded))}."
+        )
+    leaves = []
+    for name, model in zip(paths, models, strict=True):
+        leaf = loaded.get(name, model)
+        if np.shape(leaf) != np.shape(model):
+            raise ValueError(
+                f"load needs `like` to have the shapes of {path}, but leaf {name!r} is "
+                f"{list(np.shape(leaf))} in the file and {list(np.shape(model))} in "
+                "`like`."
+            )
+        leaves.append(leaf)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _is_stored(leaf: Any) -> bool:
+    """Whether `save` would have stored such a leaf."""
+    return _check.is_array(leaf) or isinstance(leaf, bool | int | float | str)

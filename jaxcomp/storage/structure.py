@@ -1,0 +1,94 @@
+"""The shape of a tree as JSON: dicts, lists and tuples, int and str keys kept apart.
+
+A dict with string keys is a JSON object. Everything else is an array whose first entry
+says what it is: ["list", ...], ["tuple", ...], ["dict", [key, value], ...] for other
+keys, ["leaf", ...] for a leaf. A container of another class (an ``nnx.State``, a
+NamedTuple, an Equinox module) is kept as the dict of its fields.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxcomp.node import is_compressed, path_of
+
+
+def encode_tree(tree: Any, leaf: Callable[[str, Any], list]) -> Any:
+    """JSON for a tree; ``leaf(path, value)`` gives the JSON array of each leaf.
+
+    Raises:
+      TypeError: a dict key is neither a string nor an integer.
+
+    >>> encode_tree({"a": (1.5, None)}, lambda path, value: [path, value])
+    {'a': ['tuple', ['leaf', 'a/0', 1.5], None]}
+    """
+
+    def encode(path: str, x: Any) -> Any:
+        if x is None:
+            return None
+        children = [] if is_compressed(x) else _children(x)
+        if children is None or is_compressed(x):
+            return ["leaf", *leaf(path, x)]
+        named = [(key, encode(_join(path, name), c)) for key, name, c in children]
+        if type(x) in (list, tuple):
+            return [type(x).__name__, *(value for _, value in named)]
+        for key, _ in named:
+            if isinstance(key, bool) or not isinstance(key, str | int):
+                raise TypeError(
+                    f"save needs dict keys that are strings or integers, got {key!r} "
+                    f"in {path or 'the tree'!r}."
+                )
+        if all(isinstance(key, str) for key, _ in named):
+            return dict(named)
+        return ["dict", *([key, value] for key, value in named)]
+
+    return encode("", tree)
+
+
+def decode_tree(structure: Any, leaf: Callable[[str, list], Any]) -> Any:
+    """The inverse of `encode_tree`; ``leaf(path, spec)`` gives the value of each leaf.
+
+    Raises:
+      ValueError: ``structure`` is not one that `encode_tree` makes.
+
+    >>> decode_tree({"a": ["list", ["leaf", 7], None]}, lambda path, spec: (path, spec))
+    {'a': [('a/0', [7]), None]}
+    """
+
+    def decode(path: str, x: Any) -> Any:
+        if x is None:
+            return None
+        if isinstance(x, dict):
+            return {key: decode(_join(path, key), value) for key, value in x.items()}
+        match x:
+            case ["leaf", *spec]:
+                return leaf(path, spec)
+            case ["dict", *pairs]:
+                return {key: decode(_join(path, str(key)), v) for key, v in pairs}
+            case ["list" | "tuple" as kind, *items]:
+                values = [decode(_join(path, str(i)), v) for i, v in enumerate(items)]
+                return tuple(values) if kind == "tuple" else values
+        raise ValueError(f"The structure has {x!r} at {path!r}, which means nothing.")
+
+    return decode("", structure)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _children(x: Any) -> list[tuple[Any, str, Any]] | None:
+    """(key, name in a path, child) one level down; None if ``x`` is a leaf."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
+    if any(not keys for keys, _ in flat):
+        return None
+    return [(_key(keys[0]), path_of(keys), child) for keys, child in flat]
+
+
+def _key(entry: Any) -> Any:
+    """The key as the container holds it, from JAX's entry for it."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(entry, attribute):
+            return getattr(entry, attribute)
+    return str(entry)
