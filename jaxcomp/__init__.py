@@ -1,6 +1,7 @@
 """jaxcomp: a functional compression toolkit for JAX."""
 
 from jaxcomp import prune as prune
+from jaxcomp import testing as testing
 from jaxcomp.distill import distill_step as distill_step
 from jaxcomp.distill import soft_target_loss as soft_target_loss
 from jaxcomp.node import CompressedArray as CompressedArray
@@ -18,6 +19,8 @@ from jaxcomp.quant import quantize as quantize
 from jaxcomp.quant import quantize_affine as quantize_affine
 from jaxcomp.quant import quantize_step as quantize_step
 from jaxcomp.quant import quantize_tree as quantize_tree
+from jaxcomp.report import Report as Report
+from jaxcomp.report import report as report
 from jaxcomp.share import SharedTensor as SharedTensor
 from jaxcomp.share import palettize as palettize
 from jaxcomp.share import share_tree as share_tree

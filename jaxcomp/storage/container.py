@@ -11,16 +11,12 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-from safetensors.numpy import save as write_safetensors
 
 from jaxcomp import _check
 from jaxcomp import bits as packing
@@ -28,37 +24,17 @@ from jaxcomp.entropy import decode_symbols, decode_varint, encode_symbols, encod
 from jaxcomp.node import CompressedArray, TiedTensor, flatten, is_compressed
 from jaxcomp.quant import QTensor
 from jaxcomp.share import SharedTensor
+from jaxcomp.storage.file import NATIVE, VERSION, read_file, write_file
 from jaxcomp.storage.planes import decode_array, encode_array
 from jaxcomp.storage.structure import decode_tree, encode_tree
 from jaxcomp.tree import list_paths
 
-
-VERSION = 1
 
 # Every kind of node: its class, and those of its fields that hold packed codes.
 KINDS: dict[str, tuple[type[CompressedArray], tuple[str, ...]]] = {
     "QTensor": (QTensor, ("codes", "zero")),
     "SharedTensor": (SharedTensor, ("codes",)),
     "TiedTensor": (TiedTensor, ()),
-}
-
-NATIVE = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "C64": "complex64",
 }
 
 ENTRY = 60  # bytes that one more tensor takes in the header, besides its name
@@ -82,6 +58,7 @@ def save(path: str | os.PathLike, tree: Any) -> int:
       TypeError: a leaf or a key is of a type that has no place in a file.
       ValueError: two leaves have the same path.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(folder + "/w.jxc", {"kernel": jnp.zeros((100, 100))}) < 400
     True
@@ -103,22 +80,17 @@ def save(path: str | os.PathLike, tree: Any) -> int:
         exact = all(a.dtype.name in NATIVE.values() for a in arrays.values())
         if arrays and (not exact or size > 2 * ENTRY):
             blob = _encode_fields(leaf, arrays)
-            fields = [[k, a.dtype.name, list(a.shape)] for k, a in arrays.items()]
-            coded = [*spec, fields]
+            coded = [*spec, {key: _field_spec(a) for key, a in arrays.items()}]
             extra = len(json.dumps(coded)) - len(json.dumps(spec))
             if not exact or len(blob) + len(path) + ENTRY + extra < size:
                 put(path, np.frombuffer(blob, np.uint8))
                 return coded
         for name, array in packed.items():
             put(name, array)
-        return spec
+        return 0 if spec == ["array"] else spec
 
     structure = json.dumps(encode_tree(tree, leaf_spec), separators=(",", ":"))
-    # In a fixed order: safetensors puts wide dtypes first, which keeps them aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    tensors = {name: tensors[name] for name in order}
-    text = f"{VERSION} {_checksums(structure, tensors)} {structure}"
-    return _replace(Path(path), write_safetensors(tensors, {"jaxcomp": text}))
+    return write_file(Path(path), structure, tensors)
 
 
 def load(path: str | os.PathLike, *, like: Any = None) -> Any:
@@ -139,12 +111,13 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
       ValueError: it is truncated, damaged, of a newer version, not a jaxcomp file, or
         does not fit ``like``. The error names the first tensor or leaf at fault.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     size = save(folder + "/w.jxc", {"step": 3, "kernel": jnp.ones(2)})
     ...     load(folder + "/w.jxc")
     {'kernel': Array([1., 1.], dtype=float32), 'step': 3}
     """
-    structure, tensors = _read(Path(path))
+    structure, tensors = read_file(Path(path))
 
     def leaf(name: str, spec: list) -> Any:
         try:
@@ -154,8 +127,14 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
                 f"load cannot read leaf {name!r} of {path}, which is damaged: {error}."
             ) from error
 
-    tree = decode_tree(structure, leaf)
+    tree = decode_tree(json.loads(structure), leaf)
     return tree if like is None else _into(like, tree, path)
+
+
+def _field_spec(array: np.ndarray) -> list:
+    """The shape of a coded array, behind its dtype unless that is uint8."""
+    name = array.dtype.name
+    return [*([] if name == "uint8" else [name]), *array.shape]
 
 
 def _field(path: str, key: str) -> str:
@@ -170,11 +149,11 @@ def _leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
             raise TypeError(
                 f"save does not know the node {kind} of leaf {path!r}. Densify it."
             )
-        static, arrays = {}, {}
+        static, arrays = [], {}
         for field in dataclasses.fields(leaf):
             value = getattr(leaf, field.name)
             if field.metadata.get("static"):
-                static[field.name] = value
+                static.append(value)
             elif value is not None:
                 arrays[field.name] = np.asarray(value)
         return [kind, static], arrays
@@ -203,14 +182,19 @@ def _is_codes(kind: str, field: str) -> bool:
     return kind in KINDS and field in KINDS[kind][1]
 
 
+def symbols(node: Any, field: str) -> np.ndarray:
+    """The codes that a field of a node holds packed, pad codes too: uint[codes]."""
+    packed = getattr(node, field)
+    count = packed.shape[-1] * 8 // node.bits
+    return np.asarray(packing.unpack(packed, node.bits, count)).reshape(-1)
+
+
 def _encode_fields(leaf: Any, arrays: dict[str, np.ndarray]) -> bytes:
     """Each array coded, behind its length as a varint."""
     parts = []
     for name, array in arrays.items():
         if _is_codes(type(leaf).__name__, name):
-            count = array.shape[-1] * 8 // leaf.bits
-            codes = packing.unpack(jnp.asarray(array), leaf.bits, count)
-            part = encode_symbols(np.asarray(codes).reshape(-1))
+            part = encode_symbols(symbols(leaf, name))
         else:
             part = encode_array(array)
         parts += [encode_varint(len(part)), part]
@@ -218,13 +202,14 @@ def _encode_fields(leaf: Any, arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def _decode_fields(
-    kind: str, static: dict[str, Any], fields: list, data: bytes
+    kind: str, static: dict[str, Any], fields: dict[str, list], data: bytes
 ) -> dict[str, np.ndarray]:
     arrays, start = {}, 0
-    for name, dtype, dims in fields:
+    for name, spec in fields.items():
         length, start = decode_varint(data, start)
         part, start = data[start : start + length], start + length
-        shape = tuple(dims)
+        named = isinstance(spec[0], str) if spec else False
+        dtype, shape = spec[0] if named else "uint8", tuple(spec[named:])
         if _is_codes(kind, name):
             count = shape[-1] * 8 // static["bits"]
             codes = decode_symbols(part, math.prod(shape[:-1]) * count)
@@ -237,22 +222,25 @@ def _decode_fields(
     return arrays
 
 
-def _leaf(path: str, spec: list, tensors: dict[str, np.ndarray]) -> Any:
+def _leaf(path: str, spec: Any, tensors: dict[str, np.ndarray]) -> Any:
     """The leaf that a spec describes; its arrays are taken out of ``tensors``."""
     match spec:
         case ["value", value]:
             return value
+        case 0:
+            return _to_jax(tensors.pop(path))
         case ["array", *coded]:
             return _to_jax(_arrays(path, "array", {}, coded, ("",), tensors)[""])
         case ["key", kind, *coded]:
             data = _arrays(path, "key", {}, coded, ("",), tensors)[""]
             return jax.random.wrap_key_data(jnp.asarray(data), impl=kind)
-        case [kind, static, *coded] if kind in KINDS:
-            cls = KINDS[kind][0]
-            static = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in static.items()
-            }
-            live = [f.name for f in dataclasses.fields(cls) if not f.metadata]  # type: ignore[arg-type]
+        case [kind, values, *coded] if kind in KINDS:
+            cls: Any = KINDS[kind][0]
+            fields = dataclasses.fields(cls)
+            fixed = [f.name for f in fields if f.metadata.get("static")]
+            values = [tuple(v) if isinstance(v, list) else v for v in values]
+            static = dict(zip(fixed, values, strict=True))
+            live = [f.name for f in fields if f.name not in fixed]
             found = _arrays(path, kind, static, coded, tuple(live), tensors)
             arrays = {name: None for name in live} | {
                 name: jnp.asarray(array) for name, array in found.items()
@@ -280,78 +268,6 @@ def _to_jax(array: np.ndarray) -> Any:
     """A JAX array, unless JAX would narrow it."""
     keeps = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
     return jnp.asarray(array) if keeps else array
-
-
-def _checksums(text: str, tensors: dict[str, np.ndarray]) -> str:
-    """CRC-32 of the structure and of each tensor in file order, 8 hex digits each."""
-    rows = [text.encode()]
-    for name, array in tensors.items():
-        label = f"{name} {array.dtype.name} {list(array.shape)} "
-        rows.append(label.encode() + array.tobytes())
-    return "".join(f"{zlib.crc32(row):08x}" for row in rows)
-
-
-def _read(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
-    """The structure and the tensors of a file, once all checksums are right."""
-    data = path.read_bytes()
-    try:
-        views = dict(safetensors.deserialize(data))
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size])
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"load needs a whole safetensors file, but {path} ({len(data)} bytes) is "
-            f"cut off, damaged or something else: {error}."
-        ) from error
-    text = header.pop("__metadata__", {}).get("jaxcomp", "")
-    version, _, rest = text.partition(" ")
-    if not version.isdecimal():
-        raise ValueError(
-            f"load needs a file of jaxcomp.save, but {path} is plain safetensors with "
-            f"{len(views)} tensors. Read it with safetensors."
-        )
-    if int(version) != VERSION:
-        raise ValueError(
-            f"load reads version {VERSION} of the format, but {path} is of version "
-            f"{version}. Update jaxcomp."
-        )
-    crc, _, structure = rest.partition(" ")
-    tensors = {}
-    for name in header:
-        view = views[name]
-        array = np.frombuffer(view["data"], jnp.dtype(NATIVE[view["dtype"]]))
-        tensors[name] = array.reshape(view["shape"])
-    found = _checksums(structure, tensors)
-    for i, name in enumerate(["the structure", *tensors]):
-        if crc[8 * i : 8 * i + 8] != found[8 * i : 8 * i + 8]:
-            raise ValueError(
-                f"load found {path} damaged: the checksum of {name!r} is wrong. Fetch "
-                "the file again."
-            )
-    return json.loads(structure), tensors
-
-
-def _replace(path: Path, data: bytes) -> int:
-    """Writes a file beside ``path`` and then, whole, puts it in its place."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(draft, 0o666 & ~_umask())
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
-    return len(data)
-
-
-def _umask() -> int:
-    """The process's mask of permissions, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _into(like: Any, tree: Any, path: Any) -> Any:

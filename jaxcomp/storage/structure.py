@@ -1,9 +1,9 @@
 """The shape of a tree as JSON: dicts, lists and tuples, int and str keys kept apart.
 
-A dict with string keys is a JSON object. Everything else is an array whose first entry
-says what it is: ["list", ...], ["tuple", ...], ["dict", [key, value], ...] for other
-keys, ["leaf", ...] for a leaf. A container of another class (an ``nnx.State``, a
-NamedTuple, an Equinox module) is kept as the dict of its fields.
+A dict with string keys is a JSON object; other containers are arrays that begin with
+"list", "tuple" or "dict", the last with pairs of key and value. What else there is
+describes a leaf. A container of another class (an ``nnx.State``, a NamedTuple, an
+Equinox module) is kept as the dict of its fields.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ import jax
 from jaxcomp.node import is_compressed, path_of
 
 
-def encode_tree(tree: Any, leaf: Callable[[str, Any], list]) -> Any:
-    """JSON for a tree; ``leaf(path, value)`` gives the JSON array of each leaf.
+def encode_tree(tree: Any, leaf: Callable[[str, Any], Any]) -> Any:
+    """JSON for a tree; ``leaf(path, value)`` gives the JSON of each leaf.
 
     Raises:
       TypeError: a dict key is neither a string nor an integer.
 
     >>> encode_tree({"a": (1.5, None)}, lambda path, value: [path, value])
-    {'a': ['tuple', ['leaf', 'a/0', 1.5], None]}
+    {'a': ['tuple', ['a/0', 1.5], None]}
     """
 
     def encode(path: str, x: Any) -> Any:
@@ -29,7 +29,7 @@ def encode_tree(tree: Any, leaf: Callable[[str, Any], list]) -> Any:
             return None
         children = [] if is_compressed(x) else _children(x)
         if children is None or is_compressed(x):
-            return ["leaf", *leaf(path, x)]
+            return leaf(path, x)
         named = [(key, encode(_join(path, name), c)) for key, name, c in children]
         if type(x) in (list, tuple):
             return [type(x).__name__, *(value for _, value in named)]
@@ -46,14 +46,11 @@ def encode_tree(tree: Any, leaf: Callable[[str, Any], list]) -> Any:
     return encode("", tree)
 
 
-def decode_tree(structure: Any, leaf: Callable[[str, list], Any]) -> Any:
+def decode_tree(structure: Any, leaf: Callable[[str, Any], Any]) -> Any:
     """The inverse of `encode_tree`; ``leaf(path, spec)`` gives the value of each leaf.
 
-    Raises:
-      ValueError: ``structure`` is not one that `encode_tree` makes.
-
-    >>> decode_tree({"a": ["list", ["leaf", 7], None]}, lambda path, spec: (path, spec))
-    {'a': [('a/0', [7]), None]}
+    >>> decode_tree({"a": ["tuple", 7, None]}, lambda path, spec: (path, spec))
+    {'a': (('a/0', 7), None)}
     """
 
     def decode(path: str, x: Any) -> Any:
@@ -62,14 +59,12 @@ def decode_tree(structure: Any, leaf: Callable[[str, list], Any]) -> Any:
         if isinstance(x, dict):
             return {key: decode(_join(path, key), value) for key, value in x.items()}
         match x:
-            case ["leaf", *spec]:
-                return leaf(path, spec)
             case ["dict", *pairs]:
                 return {key: decode(_join(path, str(key)), v) for key, v in pairs}
             case ["list" | "tuple" as kind, *items]:
                 values = [decode(_join(path, str(i)), v) for i, v in enumerate(items)]
                 return tuple(values) if kind == "tuple" else values
-        raise ValueError(f"The structure has {x!r} at {path!r}, which means nothing.")
+        return leaf(path, x)
 
     return decode("", structure)
 
