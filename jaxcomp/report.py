@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -29,16 +30,16 @@ class Row(NamedTuple):
     zeros: int  # weights that are exactly 0
     values: int | None  # distinct values; None for the total
     bits: float  # stored bits per weight, as `CompressedArray.nbits` counts
-    entropy: (
-        float  # bits per weight that an ideal order-0 coder leaves, tables included
-    )
+    entropy: float  # bits per weight that an ideal order-0 coder leaves
     nbytes: int  # stored bytes
     dense_bytes: int  # bytes of the plain array
     error: float | None  # ||w - reference|| / ||reference||; None without a reference
 
     @property
     def ratio(self) -> float:
-        """Dense bytes to stored bytes."""
+        """Dense bytes to stored bytes; infinite for a tied leaf, which stores none."""
+        if not self.dense_bytes:
+            return 1.0
         return self.dense_bytes / self.nbytes if self.nbytes else math.inf
 
 
@@ -66,13 +67,13 @@ class Report(NamedTuple):
         return text.getvalue()
 
     def __rich__(self) -> Table:
-        table = Table()
-        for name in ("leaf", "what", "shape"):
-            table.add_column(name)
-        for name in ("zeros", "values", "bits/w", "entropy/w", "bytes", "ratio"):
-            table.add_column(name, justify="right")
-        if self.total.error is not None:
-            table.add_column("error", justify="right")
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("leaf", overflow="fold")
+        table.add_column("what", overflow="fold")
+        table.add_column("array", no_wrap=True)
+        numbers = ["zeros", "values", "bits", "coded", "bytes", "ratio"]
+        for name in [*numbers, *(["error"] if self.total.error is not None else [])]:
+            table.add_column(name, justify="right", no_wrap=True)
         for row in self.leaves:
             table.add_row(*_cells(row))
         table.add_section()
@@ -81,23 +82,31 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=120).print(self)
+        Console(file=text, width=110).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _cells(row: Row) -> list[str]:
+    shape = ",".join(map(str, row.shape))
     cells = [
         row.path,
         row.done,
-        " ".join(["x".join(map(str, row.shape)), row.dtype]).strip(),
+        f"{_short(row.dtype)}[{shape}]" if row.dtype else "",
         f"{row.zeros / row.size:.1%}" if row.size else "",
         "" if row.values is None else f"{row.values:,}",
-        f"{row.bits:.2f}",
-        f"{row.entropy:.2f}",
+        f"{row.bits:.2f}" if row.size else "",
+        f"{row.entropy:.2f}" if row.size else "",
         f"{row.nbytes:,}",
         f"{row.ratio:.1f}x" if row.nbytes else "",
     ]
     return cells if row.error is None else [*cells, f"{row.error:.4f}"]
+
+
+def _short(dtype: str) -> str:
+    """A dtype as compilers print it: f32, bf16, u8."""
+    for long, short in (("float", "f"), ("uint", "u"), ("int", "i")):
+        dtype = dtype.replace(long, short)
+    return dtype
 
 
 def report(tree: Any, reference: Any = None) -> Report:
@@ -110,9 +119,10 @@ def report(tree: Any, reference: Any = None) -> Report:
 
     Returns:
       A `Report`; ``print`` shows a table, ``to_dict`` and ``to_csv`` give the numbers.
-      Bytes are those of the arrays as they are held; ``entropy`` says what is left of
-      them in a file: the order-0 entropy of the codes plus all other arrays, or for a
-      plain array, of its zeros or of its values, whichever is less.
+      Bytes are those of the arrays as they are held; ``entropy`` ("coded" in the table)
+      says what a file needs of them, in bits per weight: the order-0 entropy of the
+      codes plus all other arrays; for a plain array, the entropy of its zeros plus the
+      other weights in full, or that of its values plus a table, whichever is less.
 
     Raises:
       ValueError: ``reference`` has other paths or shapes.
@@ -188,13 +198,11 @@ def _is_numeric(x: Any) -> bool:
 
 def _width(dtype: Any) -> int:
     """True bits of an element: ``nbytes`` says a whole byte for the sub-byte dtypes."""
-    if dtype == bool:
-        return 8
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.iinfo(dtype).bits
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return 8 * dtype.itemsize
-    return jnp.finfo(dtype).bits
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits
+    return 8 * dtype.itemsize
 
 
 def _coded_bits(node: Any) -> float:
@@ -244,7 +252,7 @@ def _errors(
         if leaf.shape != model.shape:
             raise ValueError(
                 f"report needs a reference of the same shapes, but leaf {path!r} is "
-                f"{_check.describe(leaf)} and {_check.describe(model)} in the reference."
+                f"{_check.describe(leaf)} and there {_check.describe(model)}."
             )
         if not _check.is_floating(leaf):
             return None
