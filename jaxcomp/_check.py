@@ -33,13 +33,13 @@ def is_concrete(x: Any) -> bool:
 
 def floating(caller: str, x: Any) -> jax.Array:
     """``x`` as a JAX array, once it is known to be floating point."""
-    if not is_floating(jnp.asarray(x) if not is_array(x) else x):
-        got = describe(x) if is_array(x) else repr(x)
+    x = jnp.asarray(x)
+    if not is_floating(x):
         raise TypeError(
-            f"{caller} needs a floating array, got {got}. Cast it, or leave this leaf "
-            "out with `where`."
+            f"{caller} needs a floating array, got {describe(x)}. Cast it, or leave "
+            "this leaf out with `where`."
         )
-    return jnp.asarray(x)
+    return x
 
 
 def integer_within(caller: str, name: str, value: Any, low: int, high: int) -> int:

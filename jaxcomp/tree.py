@@ -127,7 +127,7 @@ def check_finite(caller: str, named: list[tuple[str, Any]]) -> None:
     if not bad:
         return
     path, leaf = bad[0]
-    values = np.asarray(leaf)
+    values = np.asarray(jnp.asarray(leaf))  # as JAX narrows it, so that a fault shows
     faults = np.argwhere(~np.isfinite(values.astype(np.float64)))
     index = tuple(map(int, faults[0]))
     raise ValueError(

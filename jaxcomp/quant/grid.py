@@ -154,18 +154,17 @@ def _round(x: jax.Array, scale: jax.Array, zero: Any, bits: int) -> jax.Array:
     return jnp.clip(steps + zero, 0, top).astype(jnp.uint16)
 
 
-def _prepare(
+def _checked(
     caller: str, x: jax.Array, bits: int, axis: Axis, group: int | None
-) -> tuple[jax.Array, tuple[int, ...], int]:
-    """The array in groups, the kept axes and the group's true length."""
+) -> tuple[jax.Array, int, tuple[int, ...], int]:
+    """The array, the bits, the kept axes and the true length of a group."""
     x = _check.floating(caller, x)
     _check.integer_within(caller, "bits", bits, 2, 8)
     kept = _kept(caller, axis, x.ndim)
     row = math.prod(n for a, n in enumerate(x.shape) if a not in kept)
     if group is not None:
         _check.integer_within(caller, "group", group, 1, 2**31 - 1)
-    length = max(1, row if group is None else min(group, row))
-    return _to_groups(x, kept, length), kept, length
+    return x, bits, kept, max(1, row if group is None else min(group, row))
 
 
 def _scale(reach: jax.Array, levels: int, dtype: Any) -> jax.Array:
@@ -201,12 +200,17 @@ def quantize(
     >>> quantize(jnp.array([[0.0, 0.5, -1.0]]), bits=3, axis=None).dense() * 3
     Array([[ 0.,  2., -3.]], dtype=float32)
     """
-    groups, kept, length = _prepare("quantize", x, bits, axis, group)
+    return _symmetric(*_checked("quantize", x, bits, axis, group))
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _symmetric(x: jax.Array, bits: int, axis: tuple[int, ...], group: int) -> QTensor:
+    groups = _to_groups(x, axis, group)
     middle = _symmetric_zero(bits)
     reach = jnp.max(jnp.abs(groups.astype(_wide(x.dtype))), axis=-1, initial=0)
     scale = _scale(reach, middle, x.dtype)
     codes = _packed(_round(groups, scale, middle, bits), bits)
-    return QTensor(codes, scale, None, bits, x.shape, kept, length)
+    return QTensor(codes, scale, None, bits, x.shape, axis, group)
 
 
 def quantize_affine(
@@ -233,7 +237,12 @@ def quantize_affine(
     >>> quantize_affine(jnp.array([[0.0, 1.0, 3.0]]), bits=2, axis=None).dense()
     Array([[0., 1., 3.]], dtype=float32)
     """
-    groups, kept, length = _prepare("quantize_affine", x, bits, axis, group)
+    return _affine(*_checked("quantize_affine", x, bits, axis, group))
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _affine(x: jax.Array, bits: int, axis: tuple[int, ...], group: int) -> QTensor:
+    groups = _to_groups(x, axis, group)
     levels = 2**bits - 1
     wide = groups.astype(_wide(x.dtype))
     low = jnp.min(wide, axis=-1, initial=0) / levels  # divided first: high - low may
@@ -242,7 +251,7 @@ def quantize_affine(
     zero = jnp.round(-low / scale.astype(wide.dtype) * levels)
     zero = jnp.clip(zero, 0, levels).astype(jnp.int32)[..., None]
     codes = _packed(_round(groups, scale, zero, bits), bits)
-    return QTensor(codes, scale, _packed(zero, bits), bits, x.shape, kept, length)
+    return QTensor(codes, scale, _packed(zero, bits), bits, x.shape, axis, group)
 
 
 def quantize_step(x: jax.Array, step: float, bits: int | None = None) -> QTensor:

@@ -124,8 +124,7 @@ def palettize(x: jax.Array, clusters: int = 16) -> SharedTensor:
     if live.any():
         exact = optimal_centroids(values[live], room)
         codebook = np.unique(exact.astype(values.dtype))  # narrow floats may coincide
-        wide = codebook.astype(np.float64)
-        codes[live] = assign(values[live].astype(np.float64), wide) + zero
+        codes[live] = assign(values[live], codebook) + zero
     bits = max(1, (codebook.size + zero - 1).bit_length())
     packed = packing.pack(jnp.asarray(codes.astype(np.uint16)), bits)
     return SharedTensor(packed, jnp.asarray(codebook), bool(zero), bits, x.shape)

@@ -243,7 +243,7 @@ def _leaf(path: str, spec: Any, tensors: dict[str, np.ndarray]) -> Any:
             live = [f.name for f in fields if f.name not in fixed]
             found = _arrays(path, kind, static, coded, tuple(live), tensors)
             arrays = {name: None for name in live} | {
-                name: jnp.asarray(array) for name, array in found.items()
+                name: _to_jax(array) for name, array in found.items()
             }
             return cls(**static, **arrays)
     raise ValueError(f"{spec!r} describes no leaf of version {VERSION}")
