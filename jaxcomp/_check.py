@@ -26,6 +26,11 @@ def is_floating(x: Any) -> bool:
     return is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype to compute in: 16 bits are too coarse to round or to sum in."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
 def is_concrete(x: Any) -> bool:
     """Whether the values of ``x`` can be read now."""
     return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)

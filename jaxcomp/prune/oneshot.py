@@ -52,9 +52,18 @@ def masks(
         if is_taken
     }
     check_finite("masks", list(taken.items()))
-    found = budget(score(taken), sparsity)
+    found = chosen_masks(taken, sparsity, score, budget)
     keep = jnp.ones((), bool)
     return jax.tree.unflatten(treedef, [found.get(path, keep) for path in paths])
+
+
+def chosen_masks(
+    weights: Mapping[str, jax.Array], sparsity: Any, score: Score, budget: Budget
+) -> dict[str, jax.Array]:
+    """path -> bool[*shape] for the weights of a tree, in the order of the tree."""
+    scores = score(dict(weights))
+    # JAX gives a dict back sorted by key, where layer/10 comes before layer/2.
+    return budget({path: scores[path] for path in weights}, sparsity)
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
@@ -80,18 +89,21 @@ def apply_masks(params: Any, masks: Any) -> Any:
         )
 
     def apply(path: str, leaf: Any, mask: Any) -> Any:
-        if isinstance(leaf, TiedTensor) or not jnp.ndim(mask):
+        is_tied = isinstance(leaf, TiedTensor)
+        shape = () if is_tied else jnp.shape(leaf)
+        if jnp.shape(mask) not in (shape, ()):
+            raise ValueError(
+                f"apply_masks needs a mask of shape {list(shape)} for leaf {path!r}, "
+                f"got {list(jnp.shape(mask))}."
+                + (" It is tied: mask its source." if is_tied else "")
+            )
+        if jnp.shape(mask) != shape or not _check.is_array(leaf) or is_tied:
             if _check.is_concrete(mask) and not bool(mask):
                 raise ValueError(
                     f"apply_masks needs a mask of the shape of leaf {path!r}, or a "
                     "scalar True, got a scalar False."
                 )
             return leaf
-        if jnp.shape(mask) != leaf.shape:
-            raise ValueError(
-                f"apply_masks needs a mask of shape {list(leaf.shape)} for leaf "
-                f"{path!r}, got {list(jnp.shape(mask))}."
-            )
         dense = leaf.dense() if is_compressed(leaf) else leaf
         kept = jnp.where(mask, dense, jnp.zeros((), dense.dtype))
         return leaf.encode(kept) if is_compressed(leaf) else kept
@@ -124,7 +136,9 @@ def prune_tree(params: Any, theta: float, *, where: Where = is_matrix) -> Any:
         raise ValueError(f"prune_tree needs theta >= 0, got {theta}.")
 
     def prune(w: jax.Array) -> jax.Array:
-        return jnp.where(jnp.abs(w) < theta, jnp.zeros((), w.dtype), w)
+        wide = _check.wide(w.dtype)  # theta must not be rounded to 16 bits
+        small = jnp.abs(w).astype(wide) < jnp.asarray(theta, wide)
+        return jnp.where(small, jnp.zeros((), w.dtype), w)
 
     return map_values(prune, params, where, caller="prune_tree")
 
@@ -149,6 +163,13 @@ def clip_tree(params: Any, lo: float, hi: float, *, where: Where = is_matrix) ->
         _check.number("clip_tree", name, bound)
     if not lo <= 0 <= hi:
         raise ValueError(f"clip_tree needs lo <= 0 <= hi, got lo={lo}, hi={hi}.")
+    chosen = jax.tree.leaves(select(params, where, compressed=True))
+    for path, leaf, taken in zip(*flatten(params)[:2], chosen, strict=True):
+        if taken and is_compressed(leaf):
+            raise ValueError(
+                f"clip_tree needs arrays, but leaf {path!r} is compressed "
+                f"({leaf.describe()}). Clip first, or leave it out with `where`."
+            )
     return map_where(
         lambda w: jnp.clip(w, jnp.asarray(lo, w.dtype), jnp.asarray(hi, w.dtype)),
         params,

@@ -51,13 +51,14 @@ def zeros_of(sparsity: Any, size: int) -> Any:
     whole = (upper << 4) + (middle >> 8) + (third >> 12) + (carry >> 12)
     half = np.uint32(2**23)
     up = (rest > half) | ((rest == half) & (whole & 1 == 1))
-    return (whole + up).astype(jnp.int32)
+    return whole.astype(jnp.int32) + up.astype(jnp.int32)
 
 
 def _ordered(scores: jax.Array) -> jax.Array:
     """uint32 keys in the order of the scores; -0.0 and 0.0 are one key."""
-    raw = jax.lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.uint32)
+    raw = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
     sign = np.uint32(1 << 31)
+    raw = jnp.where(raw == sign, np.uint32(0), raw)
     return jnp.where(raw & sign != 0, ~raw, raw | sign)
 
 

@@ -70,10 +70,12 @@ class QTensor(CompressedArray):
         return flat.reshape(*self.scale.shape, 1).astype(jnp.int32)
 
     def dense(self) -> jax.Array:
-        wide = _wide(self.dtype)
+        wide = _check.wide(self.dtype)
         steps = self._codes().astype(jnp.int32) - self._zero()
         values = steps.astype(wide) * self.scale[..., None].astype(wide)
-        return _from_groups(values.astype(self.dtype), self.shape, self.axis)
+        most = float(jnp.finfo(self.dtype).max)  # a scale rounded up may step over it
+        values = jnp.clip(values, -most, most).astype(self.dtype)
+        return _from_groups(values, self.shape, self.axis)
 
     def nbits(self) -> int:
         zero = 0 if self.zero is None else self.zero.size * 8
@@ -84,7 +86,8 @@ class QTensor(CompressedArray):
             _to_groups(x, self.axis, self.group), self.scale, self._zero(), self.bits
         )
         same = _to_groups(x == self.dense(), self.axis, self.group)
-        codes = jnp.where(same, self._codes(), new)
+        old = self._codes()
+        codes = jnp.where(same, old, new.astype(old.dtype))
         return dataclasses.replace(self, codes=_packed(codes, self.bits))
 
     def describe(self) -> str:
@@ -100,9 +103,18 @@ def _bits_of(x: jax.Array) -> int:
     return jnp.finfo(x.dtype).bits
 
 
-def _wide(dtype: Any) -> Any:
-    """Arithmetic dtype: a bfloat16 quotient is too coarse to round to 8 bits."""
-    return jnp.promote_types(dtype, jnp.float32)
+def _steps(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """``x / scale``, rounded half to even, in the arithmetic dtype."""
+    wide = _check.wide(x.dtype)
+    x, scale = x.astype(wide), scale.astype(wide)
+    # XLA multiplies by the reciprocal; that of a large scale would be flushed to 0.
+    unit = _unit(scale)
+    return jnp.round((x * unit) / (scale * unit))
+
+
+def _unit(size: jax.Array) -> jax.Array:
+    """A power of 2 that brings values of this size away from both ends of float32."""
+    return jnp.where(size > 1, 2.0**-24, 2.0**24).astype(size.dtype)
 
 
 def _symmetric_zero(bits: int) -> int:
@@ -148,10 +160,9 @@ def _from_groups(
 
 def _round(x: jax.Array, scale: jax.Array, zero: Any, bits: int) -> jax.Array:
     """Codes of ``x`` [channels, groups, group] on a grid, ties to the even code."""
-    wide = _wide(x.dtype)
-    steps = jnp.round(x.astype(wide) / scale[..., None].astype(wide))
+    steps = _steps(x, scale[..., None])
     top = 2**bits - 1 if isinstance(zero, jax.Array) else 2 * zero
-    return jnp.clip(steps + zero, 0, top).astype(jnp.uint16)
+    return jnp.clip(steps + jnp.asarray(zero, steps.dtype), 0, top).astype(jnp.uint16)
 
 
 def _checked(
@@ -207,7 +218,7 @@ def quantize(
 def _symmetric(x: jax.Array, bits: int, axis: tuple[int, ...], group: int) -> QTensor:
     groups = _to_groups(x, axis, group)
     middle = _symmetric_zero(bits)
-    reach = jnp.max(jnp.abs(groups.astype(_wide(x.dtype))), axis=-1, initial=0)
+    reach = jnp.max(jnp.abs(groups.astype(_check.wide(x.dtype))), axis=-1, initial=0)
     scale = _scale(reach, middle, x.dtype)
     codes = _packed(_round(groups, scale, middle, bits), bits)
     return QTensor(codes, scale, None, bits, x.shape, axis, group)
@@ -244,12 +255,11 @@ def quantize_affine(
 def _affine(x: jax.Array, bits: int, axis: tuple[int, ...], group: int) -> QTensor:
     groups = _to_groups(x, axis, group)
     levels = 2**bits - 1
-    wide = groups.astype(_wide(x.dtype))
-    low = jnp.min(wide, axis=-1, initial=0) / levels  # divided first: high - low may
-    high = jnp.max(wide, axis=-1, initial=0) / levels  # overflow
-    scale = _scale(high - low, 1, x.dtype)
-    zero = jnp.round(-low / scale.astype(wide.dtype) * levels)
-    zero = jnp.clip(zero, 0, levels).astype(jnp.int32)[..., None]
+    wide = groups.astype(_check.wide(x.dtype))
+    low, high = jnp.min(wide, axis=-1, initial=0), jnp.max(wide, axis=-1, initial=0)
+    unit = _unit(jnp.maximum(high, -low))  # high - low may overflow
+    scale = _scale((high * unit - low * unit) / levels / unit, 1, x.dtype)
+    zero = jnp.clip(_steps(-low, scale), 0, levels).astype(jnp.int32)[..., None]
     codes = _packed(_round(groups, scale, zero, bits), bits)
     return QTensor(codes, scale, _packed(zero, bits), bits, x.shape, axis, group)
 
@@ -278,18 +288,29 @@ def quantize_step(x: jax.Array, step: float, bits: int | None = None) -> QTensor
     x = _check.floating("quantize_step", x)
     if not step > 0 or math.isinf(step):
         raise ValueError(f"quantize_step needs a positive finite step, got {step}.")
-    scale = jnp.full((1, 1), step, x.dtype)
+    info = jnp.finfo(x.dtype)
+    if not float(info.tiny) <= step <= float(info.max):
+        raise ValueError(
+            f"quantize_step needs a step that {x.dtype} can hold, from {info.tiny} to "
+            f"{info.max}, got step={step}."
+        )
     groups = _to_groups(x, (), max(1, x.size))
+    scale = jnp.full(groups.shape[:2], step, x.dtype)
     if bits is not None:
         _check.integer_within("quantize_step", "bits", bits, 2, packing.WIDEST)
     if _check.is_concrete(x):
-        most = float(jnp.max(jnp.abs(jnp.round(x / scale[0, 0])), initial=0))
-        fits = max(2, math.ceil(math.log2(most + 1)) + 1)
-        if fits > (bits or packing.WIDEST):
+        most = float(jnp.max(jnp.abs(_steps(groups, scale[..., None])), initial=0))
+        if not math.isfinite(most):
             raise ValueError(
-                f"quantize_step needs {fits} bits for values up to "
-                f"{most * step:.4g} at step={step}, got at most "
-                f"{bits or packing.WIDEST}. Take a larger step."
+                f"quantize_step needs finite values of |x / step|, got {most} at "
+                f"step={step}. Mend the values or take a larger step."
+            )
+        limit = bits or packing.WIDEST
+        fits = max(2, int(most).bit_length() + 1)
+        if fits > limit:
+            raise ValueError(
+                f"quantize_step needs {fits} bits for values up to {most * step:.4g} "
+                f"at step={step}, got at most {limit}. Take a larger step."
             )
         bits = bits or fits
     elif bits is None:

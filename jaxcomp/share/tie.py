@@ -20,7 +20,7 @@ def average(arrays: Sequence[jax.Array]) -> jax.Array:
     >>> average([jnp.array([0.0, 1.0]), jnp.array([0.0, 2.0])])
     Array([0. , 1.5], dtype=float32)
     """
-    wide = jnp.promote_types(arrays[0].dtype, jnp.float32)  # a 16-bit sum is coarse
+    wide = _check.wide(arrays[0].dtype)
     return jnp.mean(jnp.stack(arrays).astype(wide), axis=0).astype(arrays[0].dtype)
 
 

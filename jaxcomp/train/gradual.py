@@ -9,6 +9,7 @@ import optax
 from jaxcomp import _check
 from jaxcomp.node import flatten
 from jaxcomp.prune.budgets import Budget, leaf_budget
+from jaxcomp.prune.oneshot import chosen_masks
 from jaxcomp.prune.scores import Score, magnitude
 from jaxcomp.train.zeros import land_on_zero, params_needed
 from jaxcomp.tree import Where, is_matrix, select
@@ -100,7 +101,7 @@ def prune_gradually(
                 )
                 if mask.ndim
             }
-            found = budget(score(landed), level)
+            found = chosen_masks(landed, level, score, budget)
             pairs = zip(paths, masks, strict=True)
             return jax.tree.unflatten(
                 treedef, [found.get(path, mask) for path, mask in pairs]
