@@ -39,7 +39,8 @@ class CompressedArray(abc.ABC):
     def encode(self, x: jax.Array) -> "CompressedArray":
         """A node of the same kind and settings that holds ``x``, zeros kept exact.
 
-        Entries of ``x`` that equal `dense` keep their code, bit for bit.
+        What ``x`` leaves as `dense` has it keeps its code, unless the node needs room
+        for a zero that it did not have.
         """
 
     @abc.abstractmethod

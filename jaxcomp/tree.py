@@ -7,6 +7,7 @@ before anything is touched.
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -89,6 +90,8 @@ def select(params: Any, where: Where = is_matrix, *, compressed: bool = False) -
     chosen = [is_chosen(*pair) for pair in zip(paths, leaves, strict=True)]
     if paths and not any(chosen) and not _is_part(params):
         skipped = "" if compressed else "; leaves that are compressed are skipped"
+        if compressed and any(isinstance(leaf, TiedTensor) for leaf in leaves):
+            skipped = "; a tied leaf follows its source and is not selected"
         raise ValueError(
             f"`where` selected none of the {len(paths)} leaves, which are "
             f"{list_paths(paths)}. A regex must match the whole path{skipped}."
@@ -216,10 +219,13 @@ def _lift(
     }
     check_finite(caller, [(paths[i], value) for i, value in taken.items()])
     for i, value in taken.items():
-        result = _at(paths[i], fn, value)
-        node = leaves[i]
-        leaves[i] = node.encode(result) if is_compressed(node) else result
+        leaves[i] = _at(paths[i], partial(_replaced, fn, leaves[i]), value)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _replaced(fn: Callable[[jax.Array], Any], leaf: Any, value: jax.Array) -> Any:
+    """What takes the place of a leaf: ``fn(value)``, in a node if it is one."""
+    return leaf.encode(fn(value)) if is_compressed(leaf) else fn(value)
 
 
 def split(tree: Any) -> tuple[Any, Any]:

@@ -41,7 +41,7 @@ def distill_step(
       temperature: divides the logits in the soft loss; positive.
       hard: weight of the labels, a fraction in [0, 1]; 0 needs no labels.
       donate: whether the step may reuse the memory of ``params`` and ``opt_state``,
-        which are then gone for the caller.
+        which are then gone for the caller; the teacher must not share their arrays.
 
     Returns:
       ``step(params, opt_state, teacher_params, batch, key=None) -> (params, opt_state,

@@ -94,6 +94,7 @@ def _first(flags: jax.Array, count: jax.Array) -> jax.Array:
     return flags & (position <= last) & (count > 0)
 
 
+@jax.jit
 def top_masks(scores: Sequence[jax.Array], zeros: Any) -> list[jax.Array]:
     """Masks over several leaves that remove exactly ``zeros`` entries in all.
 

@@ -69,7 +69,10 @@ class QTensor(CompressedArray):
         flat = packing.unpack(self.zero, self.bits, self.scale.size)
         return flat.reshape(*self.scale.shape, 1).astype(jnp.int32)
 
+    @jax.jit
     def dense(self) -> jax.Array:
+        if self.scale.ndim > 2:  # a stack of nodes, as vmap makes
+            return jax.vmap(QTensor.dense)(self)
         wide = _check.wide(self.dtype)
         steps = self._codes().astype(jnp.int32) - self._zero()
         values = steps.astype(wide) * self.scale[..., None].astype(wide)
@@ -81,6 +84,7 @@ class QTensor(CompressedArray):
         zero = 0 if self.zero is None else self.zero.size * 8
         return self.codes.size * 8 + self.scale.size * _bits_of(self.scale) + zero
 
+    @jax.jit
     def encode(self, x: jax.Array) -> "QTensor":
         new = _round(
             _to_groups(x, self.axis, self.group), self.scale, self._zero(), self.bits

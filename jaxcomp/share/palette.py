@@ -50,7 +50,10 @@ class SharedTensor(CompressedArray):
         """float[values]: what each code stands for."""
         return jnp.pad(self.codebook, (int(self.zero), 0))
 
+    @jax.jit
     def dense(self) -> jax.Array:
+        if self.codebook.ndim > 1:  # a stack of nodes, as vmap makes
+            return jax.vmap(SharedTensor.dense)(self)
         codes = packing.unpack(self.codes, self.bits, self.size)
         return self.table()[codes].reshape(self.shape)
 
@@ -61,14 +64,19 @@ class SharedTensor(CompressedArray):
     def encode(self, x: jax.Array) -> "SharedTensor":
         if not self.zero:  # zeros may be new: they take one of the values
             return palettize(x, clusters=self.codebook.size)
-        table = self.table()
+        return dataclasses.replace(self, codes=self._nearest(x))
+
+    @jax.jit
+    def _nearest(self, x: jax.Array) -> jax.Array:
+        """Packed codes of the nearest values; zeros and equal entries keep theirs."""
+        flat, table = x.reshape(-1), self.table()
         order = jnp.argsort(table)
-        middles = (table[order][1:] + table[order][:-1]) / 2
-        nearest = order[jnp.searchsorted(middles, x.reshape(-1))]
+        ranked = table[order].astype(_check.wide(table.dtype))  # a 16-bit sum overflows
+        middles = (ranked[1:] + ranked[:-1]) / 2
+        nearest = order[jnp.searchsorted(middles, flat.astype(middles.dtype))]
         old = packing.unpack(self.codes, self.bits, self.size)
-        codes = jnp.where(x.reshape(-1) == table[old], old, nearest)
-        codes = jnp.where(x.reshape(-1) == 0, 0, codes)
-        return dataclasses.replace(self, codes=packing.pack(codes, self.bits))
+        codes = jnp.where(flat == table[old], old, nearest.astype(old.dtype))
+        return packing.pack(jnp.where(flat == 0, 0, codes), self.bits)
 
     def describe(self) -> str:
         return f"{self.codebook.size + self.zero} shared values"
@@ -111,6 +119,12 @@ def palettize(x: jax.Array, clusters: int = 16) -> SharedTensor:
             "leaf out with `where`."
         )
     values = np.asarray(x).reshape(-1)
+    if not np.isfinite(values.astype(np.float64)).all():
+        fault = values[~np.isfinite(values.astype(np.float64))][0]
+        raise ValueError(
+            f"palettize needs finite values, got {fault} in {_check.describe(x)}. Mend "
+            "the array, or leave this leaf out with `where`."
+        )
     live = values != 0
     zero = not live.all()
     room = clusters - zero

@@ -63,7 +63,6 @@ def tie_layers(
             )
         members = [_members(layer, paths) for layer in group]
         for layer, member in zip(group, members, strict=True):
-            _check_alike(group[0], members[0], layer, member, leaves, index)
             taken = used.intersection(member.values())
             if taken:
                 raise ValueError(
@@ -71,6 +70,7 @@ def tie_layers(
                     f"{min(taken)!r} is in two. Merge the groups."
                 )
             used.update(member.values())
+            _check_alike(group[0], members[0], layer, member, leaves, index)
         for relative, source in members[0].items():
             if not _check.is_floating(leaves[index[source]]):
                 continue
@@ -121,6 +121,8 @@ def _check_alike(
                 f"({theirs.describe()}). Tie first, then compress: the tied layers "
                 "follow."
             )
+        if not _check.is_array(ours) or not _check.is_array(theirs):
+            continue
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             raise ValueError(
                 f"tie_layers needs leaves of one shape and dtype, but {path!r} is "

@@ -66,6 +66,11 @@ def save(path: str | os.PathLike, tree: Any) -> int:
     tensors: dict[str, np.ndarray] = {}
 
     def put(name: str, array: np.ndarray) -> None:
+        if name == "__metadata__":
+            raise ValueError(
+                "save needs another name for the leaf '__metadata__', which "
+                "safetensors keeps to itself."
+            )
         if name in tensors:
             raise ValueError(
                 f"save needs a path of its own for every leaf, but two are {name!r}. "
@@ -119,15 +124,18 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
     """
     structure, tensors = read_file(Path(path))
 
-    def leaf(name: str, spec: list) -> Any:
+    def leaf(name: str, spec: Any) -> Any:
         try:
             return _leaf(name, spec, tensors)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"load cannot read leaf {name!r} of {path}, which is damaged: {error}."
-            ) from error
+        except Exception as error:  # a spec comes from outside: it may hold anything
+            raise ValueError(f"leaf {name!r}: {error}") from error
 
-    tree = decode_tree(json.loads(structure), leaf)
+    try:
+        tree = decode_tree(json.loads(structure), leaf)
+    except Exception as error:
+        raise ValueError(
+            f"load cannot read {path}, whose structure makes no sense: {error}."
+        ) from error
     return tree if like is None else _into(like, tree, path)
 
 
@@ -155,20 +163,19 @@ def _leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
             if field.metadata.get("static"):
                 static.append(value)
             elif value is not None:
-                arrays[field.name] = np.asarray(value)
+                arrays[field.name] = _plain(value)
         return [kind, static], arrays
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         kind = str(jax.random.key_impl(leaf))
-        return ["key", kind], {"": np.asarray(jax.random.key_data(leaf))}
+        return ["key", kind], {"": _plain(jax.random.key_data(leaf))}
     if isinstance(leaf, jax.core.Tracer):
         raise TypeError(f"save needs arrays, but leaf {path!r} is traced: leave jit.")
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        array = np.asarray(leaf)
-        if array.dtype.hasobject or array.dtype.kind in "SUMm":
+        if not _is_number(leaf.dtype):
             raise TypeError(
-                f"save needs numbers, but leaf {path!r} is {_check.describe(array)}."
+                f"save needs numbers, but leaf {path!r} is {_check.describe(leaf)}."
             )
-        return ["array"], {"": array}
+        return ["array"], {"": _plain(leaf)}
     if isinstance(leaf, bool | int | float | str):
         return ["value", leaf], {}
     raise TypeError(
@@ -176,6 +183,19 @@ def _leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
         f"{type(leaf).__name__}. Take it out, e.g. by equinox.filter(model, "
         "equinox.is_array), and give it back with load(path, like=model)."
     )
+
+
+def _is_number(dtype: Any) -> bool:
+    """Whether JAX and every reader know the dtype; none knows long doubles."""
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    known = dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
+    return known and dtype.itemsize <= (16 if is_complex else 8)
+
+
+def _plain(x: Any) -> np.ndarray:
+    """In C order and the machine's byte order, which safetensors takes as they are."""
+    array = np.asarray(x, order="C")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder())
 
 
 def _is_codes(kind: str, field: str) -> bool:

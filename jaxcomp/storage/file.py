@@ -82,6 +82,11 @@ def read_file(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     tensors = {}
     for name in header:
         view = views[name]
+        if view["dtype"] not in NATIVE:
+            raise ValueError(
+                f"load needs dtypes of version {VERSION} of the format, but {name!r} "
+                f"of {path} is {view['dtype']}. The file is damaged or newer."
+            )
         array = np.frombuffer(view["data"], jnp.dtype(NATIVE[view["dtype"]]))
         tensors[name] = array.reshape(view["shape"])
     found = _checksums(structure, tensors)
