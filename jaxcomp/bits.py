@@ -47,6 +47,12 @@ def _pad(x: jax.Array, multiple: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], x.shape[-1] // multiple, multiple)
 
 
+def _joined(columns: list[jax.Array]) -> jax.Array:
+    """Columns (..., periods), one beside the other, as one axis."""
+    *lead, periods = columns[0].shape
+    return jnp.stack(columns, axis=-1).reshape(*lead, periods * len(columns))
+
+
 @partial(jax.jit, static_argnames="bits")
 def pack(codes: jax.Array, bits: int) -> jax.Array:
     """Packs codes along the last axis.
@@ -73,7 +79,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
             if -bits < offset < 8:
                 value |= _shift(runs[..., i], offset)
         columns.append((value & 0xFF).astype(jnp.uint8))
-    stream = jnp.stack(columns, axis=-1).reshape(*codes.shape[:-1], -1)
+    stream = _joined(columns)
     return stream[..., : nbytes(count, bits)]
 
 
@@ -109,5 +115,5 @@ def unpack(packed: jax.Array, bits: int, count: int) -> jax.Array:
             if -bits < offset < 8:
                 value |= _shift(runs[..., byte], -offset)
         columns.append(value & (2**bits - 1))
-    codes = jnp.stack(columns, axis=-1).reshape(*packed.shape[:-1], -1)
+    codes = _joined(columns)
     return codes[..., :count]

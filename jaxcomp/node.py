@@ -115,6 +115,11 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
     return [path_of(keys) for keys, _ in named], [leaf for _, leaf in named], treedef
 
 
+def dense_of(leaf: Any) -> jax.Array:
+    """The JAX array that an array or a node stands for."""
+    return leaf.dense() if is_compressed(leaf) else jnp.asarray(leaf)
+
+
 def densify(tree: Any) -> Any:
     """Every node of ``tree`` turned back into its array; other leaves pass through.
 
@@ -131,23 +136,24 @@ def densify(tree: Any) -> Any:
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     paths, leaves, treedef = flatten(tree)
-    held = dict(zip(paths, leaves, strict=True))
+    index = {path: i for i, path in enumerate(paths)}
 
-    def source_of(path: str) -> str:
-        seen = [path]
-        while isinstance(node := held[seen[-1]], TiedTensor):
-            if node.source not in held or node.source in seen:
+    def source_of(i: int) -> int:
+        seen = [i]
+        while isinstance(node := leaves[seen[-1]], TiedTensor):
+            source = index.get(node.source)
+            if source is None or source in seen:
                 raise ValueError(
-                    f"densify needs the leaf that {path!r} is tied to, but "
-                    f"{node.source!r} is {'a circle' if node.source in seen else 'not'}"
+                    f"densify needs the leaf that {paths[i]!r} is tied to, but "
+                    f"{node.source!r} is {'not' if source is None else 'a circle'}"
                     " in this tree. Pass the whole tree that `tie_layers` returned."
                 )
-            seen.append(node.source)
+            seen.append(source)
         return seen[-1]
 
-    dense = {
-        path: leaf.dense() if is_compressed(leaf) else leaf
-        for path, leaf in held.items()
-        if not isinstance(leaf, TiedTensor)
-    }
-    return jax.tree.unflatten(treedef, [dense[source_of(path)] for path in paths])
+    sources = [source_of(i) for i in range(len(leaves))]
+    dense = [
+        leaf.dense() if is_compressed(leaf) and source == i else leaf
+        for i, (leaf, source) in enumerate(zip(leaves, sources, strict=True))
+    ]
+    return jax.tree.unflatten(treedef, [dense[source] for source in sources])

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jaxcomp import _check
-from jaxcomp.node import TiedTensor, flatten, is_compressed
+from jaxcomp.node import TiedTensor, dense_of, flatten, is_compressed
 
 
 Where = Callable[[str, Any], bool]
@@ -212,11 +212,7 @@ def _lift(
 ) -> Any:
     chosen = jax.tree.leaves(select(params, where, compressed=compressed))
     paths, leaves, treedef = flatten(params)
-    taken = {
-        i: leaves[i].dense() if is_compressed(leaves[i]) else leaves[i]
-        for i in range(len(leaves))
-        if chosen[i]
-    }
+    taken = {i: dense_of(leaf) for i, leaf in enumerate(leaves) if chosen[i]}
     check_finite(caller, [(paths[i], value) for i, value in taken.items()])
     for i, value in taken.items():
         leaves[i] = _at(paths[i], partial(_replaced, fn, leaves[i]), value)

@@ -237,6 +237,14 @@ def test_the_error_of_a_where_that_is_offered_nodes_does_not_say_they_are_skippe
         jc.map_values(jnp.abs, tree, jc.path_matches("nothing"))
 
 
+def test_the_error_of_a_where_that_asks_for_a_tied_leaf_points_to_its_source():
+    w = jnp.ones((2, 3))
+    tree = jc.tie_layers({"a": w, "b": w}, [("a", "b")])
+    text = r"path; a tied leaf follows its source and is not selected\.$"
+    with pytest.raises(ValueError, match=text):
+        jc.map_values(jnp.abs, tree, jc.path_matches("b"))
+
+
 @pytest.mark.parametrize("tree", [{}, [], None, {"a": None}, {"a": {}}])
 def test_a_tree_without_leaves_selects_nothing_and_is_no_error(tree):
     assert jc.select(tree) == tree

@@ -1,5 +1,6 @@
 """Masks for a whole tree, and what is done to a tree with a mask or a threshold."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
-from jaxcomp.node import TiedTensor, flatten, is_compressed
+from jaxcomp.node import TiedTensor, dense_of, flatten, is_compressed
 from jaxcomp.prune.budgets import Budget, leaf_budget
 from jaxcomp.prune.scores import Score, magnitude
 from jaxcomp.tree import Where, check_finite, is_matrix, map_values, map_where, select
@@ -46,24 +47,29 @@ def masks(
     """
     chosen = jax.tree.leaves(select(params, where, compressed=True))
     paths, leaves, treedef = flatten(params)
-    taken = {
-        path: leaf.dense() if is_compressed(leaf) else leaf
-        for path, leaf, is_taken in zip(paths, leaves, chosen, strict=True)
-        if is_taken
-    }
-    check_finite("masks", list(taken.items()))
-    found = chosen_masks(taken, sparsity, score, budget)
+    taken = {i: dense_of(leaf) for i, leaf in enumerate(leaves) if chosen[i]}
+    check_finite("masks", [(paths[i], leaf) for i, leaf in taken.items()])
+    found = chosen_masks(paths, taken, sparsity, score, budget)
     keep = jnp.ones((), bool)
-    return jax.tree.unflatten(treedef, [found.get(path, keep) for path in paths])
+    return jax.tree.unflatten(treedef, [found.get(i, keep) for i in range(len(leaves))])
 
 
 def chosen_masks(
-    weights: Mapping[str, jax.Array], sparsity: Any, score: Score, budget: Budget
-) -> dict[str, jax.Array]:
-    """path -> bool[*shape] for the weights of a tree, in the order of the tree."""
-    scores = score(dict(weights))
+    paths: list[str],
+    weights: Mapping[int, jax.Array],
+    sparsity: Any,
+    score: Score,
+    budget: Budget,
+) -> dict[int, jax.Array]:
+    """bool[*shape] for some leaves of a tree, by their position in it."""
+    seen = Counter(paths)  # {"a/b": x} and {"a": {"b": x}} read alike
+    names = {
+        i: paths[i] if seen[paths[i]] == 1 else f"{paths[i]} ({i})" for i in weights
+    }
+    scores = score({names[i]: weight for i, weight in weights.items()})
     # JAX gives a dict back sorted by key, where layer/10 comes before layer/2.
-    return budget({path: scores[path] for path in weights}, sparsity)
+    found = budget({name: scores[name] for name in names.values()}, sparsity)
+    return {i: found[name] for i, name in names.items()}
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
@@ -104,7 +110,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
                     "scalar True, got a scalar False."
                 )
             return leaf
-        dense = leaf.dense() if is_compressed(leaf) else leaf
+        dense = dense_of(leaf)
         kept = jnp.where(mask, dense, jnp.zeros((), dense.dtype))
         return leaf.encode(kept) if is_compressed(leaf) else kept
 

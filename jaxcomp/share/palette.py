@@ -62,9 +62,15 @@ class SharedTensor(CompressedArray):
         return self.codes.size * 8 + self.codebook.size * width
 
     def encode(self, x: jax.Array) -> "SharedTensor":
-        if not self.zero:  # zeros may be new: they take one of the values
+        if not self.zero and self._lacks_zero(x):
             return palettize(x, clusters=self.codebook.size)
         return dataclasses.replace(self, codes=self._nearest(x))
+
+    def _lacks_zero(self, x: jax.Array) -> bool:
+        """Whether zeros of ``x`` are new to the codebook; under jit they may be."""
+        if not _check.is_concrete(x):
+            return True
+        return bool(jnp.any(x == 0)) and not bool(jnp.any(self.codebook == 0))
 
     @jax.jit
     def _nearest(self, x: jax.Array) -> jax.Array:
@@ -76,7 +82,9 @@ class SharedTensor(CompressedArray):
         nearest = order[jnp.searchsorted(middles, flat.astype(middles.dtype))]
         old = packing.unpack(self.codes, self.bits, self.size)
         codes = jnp.where(flat == table[old], old, nearest.astype(old.dtype))
-        return packing.pack(jnp.where(flat == 0, 0, codes), self.bits)
+        if self.zero:
+            codes = jnp.where(flat == 0, 0, codes)
+        return packing.pack(codes, self.bits)
 
     def describe(self) -> str:
         return f"{self.codebook.size + self.zero} shared values"

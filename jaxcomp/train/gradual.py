@@ -90,21 +90,19 @@ def prune_gradually(
 
         def choose() -> Any:
             paths, masks, treedef = flatten(state.masks)
+            pairs = zip(
+                treedef.flatten_up_to(params),
+                treedef.flatten_up_to(updates),
+                strict=True,
+            )
             landed = {
-                path: (p + u).astype(p.dtype)
-                for path, mask, u, p in zip(
-                    paths,
-                    masks,
-                    treedef.flatten_up_to(updates),
-                    treedef.flatten_up_to(params),
-                    strict=True,
-                )
-                if mask.ndim
+                i: (p + u).astype(p.dtype)
+                for i, (p, u) in enumerate(pairs)
+                if masks[i].ndim
             }
-            found = chosen_masks(landed, level, score, budget)
-            pairs = zip(paths, masks, strict=True)
+            found = chosen_masks(paths, landed, level, score, budget)
             return jax.tree.unflatten(
-                treedef, [found.get(path, mask) for path, mask in pairs]
+                treedef, [found.get(i, mask) for i, mask in enumerate(masks)]
             )
 
         masks = jax.lax.cond(moved, choose, lambda: state.masks)

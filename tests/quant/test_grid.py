@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 from functools import cache, partial
@@ -403,6 +404,13 @@ def test_pruned_entries_are_zero_and_the_survivors_keep_their_bits(grid, dtype):
     )
     assert pruned.describe() == q.describe()
     np.testing.assert_array_equal(bits_of(pruned.scale), bits_of(q.scale))
+
+
+def test_entries_that_equal_dense_keep_codes_that_the_dtype_cannot_tell_apart():
+    x = jnp.asarray(normal(dtype=ml_dtypes.bfloat16) + 2)
+    q = quantize_step(x, 2**-12)  # thousands of steps, rounded to 8 significant bits
+    q = dataclasses.replace(q, codes=q.codes ^ 1)  # the next step or the one before
+    np.testing.assert_array_equal(q.encode(q.dense()).codes, q.codes)
 
 
 @pytest.mark.parametrize("case", CASES[1:3], ids=str)

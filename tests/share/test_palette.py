@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import re
 
@@ -252,6 +253,12 @@ def test_encoding_what_a_node_holds_changes_nothing(zero):
     again = node.encode(node.dense())
     np.testing.assert_array_equal(bits_of(again.dense()), bits_of(node.dense()))
     assert again.describe() == node.describe()
+
+
+def test_entries_that_equal_dense_keep_codes_that_training_made_alike():
+    node = palettize(jnp.array([[0.0, 1.0, 2.0, 3.0, 0.0]]), clusters=4)
+    node = dataclasses.replace(node, codebook=jnp.array([5.0, 5.0, 5.0]))
+    np.testing.assert_array_equal(encode(node, node.dense()).codes, node.codes)
 
 
 @given(hnp.arrays(np.float32, (2, 5), elements=st.floats(-8, 8, width=32)))

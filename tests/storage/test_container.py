@@ -351,6 +351,24 @@ def test_every_flipped_byte_is_found_or_harmless(path):
     assert not unnoticed
 
 
+@pytest.mark.parametrize(
+    ("told", "instead"),
+    [
+        (b'"F32"', b'"I32"'),
+        (b'"U8"', b'"I8"'),
+        (b"[2,3]", b"[3,2]"),
+        (b'"dense/bias"', b'"dense/bean"'),
+    ],
+)
+def test_a_header_that_tells_another_story_is_found(path, told, instead):
+    jc.save(path, small_tree())
+    data = path.read_bytes()
+    assert told in data
+    path.write_bytes(data.replace(told, instead))
+    with pytest.raises(ValueError, match="the checksum of .* is wrong. Fetch"):
+        jc.load(path)
+
+
 def test_damage_is_named_after_the_tensor(path):
     jc.save(path, {"bias": jnp.ones(2), "kernel": jnp.ones(2)})
     data = path.read_bytes()

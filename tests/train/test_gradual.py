@@ -219,6 +219,20 @@ def test_masked_weights_never_move_and_the_others_move_as_without_masks():
     np.testing.assert_allclose(pruned["bias"], free["bias"], rtol=1e-6)
 
 
+def test_masks_are_not_chosen_anew_once_the_schedule_has_stopped():
+    params = {"kernel": jnp.asarray(normal((4, 6)))}
+    tx = jc.prune_gradually(optax.constant_schedule(0.5), every=1)
+    # From the second step on, the updates would make every masked weight the largest.
+    size = np.abs(normal((4, 6)))
+    push = np.where(size < np.median(size), np.float32(9), np.float32(0))
+    pushes = np.stack([0 * push, push, push])
+    kernels, states = run(tx, params, {"kernel": pushes})
+    masks = np.asarray(states.masks["kernel"])
+    np.testing.assert_array_equal(masks[0], push == 0)
+    assert np.all(masks == masks[0])
+    np.testing.assert_array_equal(kernels["kernel"] != 0, masks)
+
+
 def test_a_schedule_that_falls_gives_weights_back():
     levels = jnp.array([0.5, 0.25])
     tx = jc.prune_gradually(lambda step: levels[jnp.minimum(step, 1)], every=1)
