@@ -53,21 +53,16 @@ def save_picture(
     sizes = [size / 1000 for _, size, _ in points]
     scores = [score for _, _, score in points]
     quality.plot(sizes, scores, color="0.75", zorder=1)
-    quality.scatter(sizes, scores, color="C3", zorder=2)
-    for i, (name, _, score) in enumerate(points):
-        quality.annotate(
-            f"{name}: {score:.2%}, {sizes[i]:,.1f} kB",
-            (sizes[i], score),
-            xytext=(0, 9 if i != len(points) - 2 else -17),
-            textcoords="offset points",
-            ha="right" if i == 0 else "left",
-        )
+    for (name, _, score), size in zip(points, sizes, strict=True):
+        label = f"{name}: {score:.2%}, {size:,.1f} kB"
+        quality.scatter([size], [score], zorder=2, label=label)
     quality.set(xscale="log", xlabel="kilobytes on disk", ylabel="test accuracy")
-    quality.margins(x=0.2, y=0.25)
+    quality.margins(x=0.1, y=0.25)
     for axis in (quality.xaxis, quality.yaxis):
         axis.set_minor_formatter(NullFormatter())
     quality.xaxis.set_major_formatter(FuncFormatter(lambda kb, _: f"{kb:g}"))
-    quality.yaxis.set_major_formatter(PercentFormatter(1.0))
+    quality.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=2))
+    quality.legend(loc="lower right", frameon=False)
     quality.set_title("Accuracy against size", loc="left")
     for axes in (weights, quality):
         axes.spines[["top", "right"]].set_visible(False)

@@ -296,6 +296,13 @@ def test_zeros_are_pinned_even_where_training_brought_a_value_to_zero():
         np.testing.assert_array_equal(moved.dense() == 0, trained.dense() == 0)
 
 
+@pytest.mark.parametrize("grid", [jc.quantize, jc.quantize_affine])
+def test_codes_are_kept_where_training_brought_a_scale_to_zero(grid):
+    node = grid(make_params()["a"]["kernel"], bits=BITS)
+    trained = dataclasses.replace(node, scale=node.scale.at[2].set(0))
+    assert raw(trained.encode(trained.dense())) == raw(trained)
+
+
 @pytest.mark.parametrize("compress", [share, quantize])
 def test_all_of_them_in_the_order_that_the_docs_recommend(tmp_path, compress):
     pruned = prune(tie(make_params(), tmp_path), tmp_path)

@@ -128,6 +128,7 @@ def test_codes_of_two_groups_lie_in_order_with_zeros_behind_the_ragged_one():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@settings(max_examples=25)
 @given(x=WIDE_ARRAYS)
 def test_quantize_equals_plain_numpy(case, x):
     q, dense = jitted(quantize, x, *case)
@@ -279,7 +280,7 @@ def test_a_value_whose_narrow_quotient_would_round_up_still_fits():
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, partial(quantize_step, step=0.5)])
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
+@pytest.mark.parametrize("shape", [(), (1, 1, 1)])
 def test_one_entry_comes_back(grid, shape):
     for value in (2.5, -2.5, 0.0):
         q = grid(jnp.full(shape, value))
@@ -444,13 +445,16 @@ def test_nbits_are_those_of_the_arrays_that_a_node_holds(grid, case, dtype):
 
 
 def test_nbits_count_codes_scales_zero_points_and_padding():
-    x = jnp.asarray(normal((6, 2)))
+    def nbits(grid, dtype, **case):
+        x = jax.ShapeDtypeStruct((6, 2), dtype)
+        return jax.eval_shape(partial(grid, **case), x).nbits()
+
     # Two channels of 6 entries in groups of 4: 16 codes with the padding, 4 scales.
-    assert quantize(x, 3, group=4).nbits() == 16 * 3 + 4 * 32
+    assert nbits(quantize, np.float32, bits=3, group=4) == 16 * 3 + 4 * 32
     # 4 zero points of 3 bits take 2 bytes.
-    assert quantize_affine(x, 3, group=4).nbits() == 16 * 3 + 4 * 32 + 16
-    half = x.astype(jnp.bfloat16)
-    assert quantize(half, 8, axis=None).nbits() == 12 * 8 + 16
+    affine = nbits(quantize_affine, np.float32, bits=3, group=4)
+    assert affine == 16 * 3 + 4 * 32 + 16
+    assert nbits(quantize, ml_dtypes.bfloat16, bits=8, axis=None) == 12 * 8 + 16
 
 
 @pytest.mark.parametrize(

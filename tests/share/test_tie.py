@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -192,6 +192,7 @@ def test_a_mean_of_narrow_arrays_needs_no_dtype_promotion(strict, dtype):
 # what follows
 
 
+@settings(max_examples=10)
 @given(st.lists(st.integers(-100, 100), min_size=3, max_size=3))
 def test_the_gradient_is_the_sum_over_the_layers_that_share(weights):
     tree = {"a": layer(1.0), "b": layer(3.0), "c": layer(5.0)}
