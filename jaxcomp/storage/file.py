@@ -7,7 +7,7 @@ no fixed order, and equal trees shall give equal bytes.
 
 import json
 import os
-import tempfile
+import secrets
 import zlib
 from pathlib import Path
 
@@ -107,22 +107,14 @@ def write_file(path: Path, structure: str, tensors: dict[str, np.ndarray]) -> in
     """
     text = f"{VERSION} {_checksums(structure, tensors)} {structure}"
     data = write_safetensors(tensors, {"jaxcomp": text})
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(draft, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(draft, 0o666 & ~_umask())
         os.replace(draft, path)
     except BaseException:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
     return len(data)
-
-
-def _umask() -> int:
-    """The process's mask of permissions, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
