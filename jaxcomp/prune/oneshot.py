@@ -96,23 +96,23 @@ def apply_masks(params: Any, masks: Any) -> Any:
 
     def apply(path: str, leaf: Any, mask: Any) -> Any:
         is_tied = isinstance(leaf, TiedTensor)
-        shape = () if is_tied else jnp.shape(leaf)
-        if jnp.shape(mask) not in (shape, ()):
+        given, takes = jnp.shape(mask), _check.is_array(leaf) and not is_tied
+        if takes and given == leaf.shape:
+            dense = dense_of(leaf)
+            kept = jnp.where(mask, dense, jnp.zeros((), dense.dtype))
+            return leaf.encode(kept) if is_compressed(leaf) else kept
+        if given:
+            shape = list(leaf.shape) if takes else []
             raise ValueError(
-                f"apply_masks needs a mask of shape {list(shape)} for leaf {path!r}, "
-                f"got {list(jnp.shape(mask))}."
-                + (" It is tied: mask its source." if is_tied else "")
+                f"apply_masks needs a mask of shape {shape} for leaf {path!r}, got "
+                f"{list(given)}." + (" It is tied: mask its source." if is_tied else "")
             )
-        if jnp.shape(mask) != shape or not _check.is_array(leaf) or is_tied:
-            if _check.is_concrete(mask) and not bool(mask):
-                raise ValueError(
-                    f"apply_masks needs a mask of the shape of leaf {path!r}, or a "
-                    "scalar True, got a scalar False."
-                )
-            return leaf
-        dense = dense_of(leaf)
-        kept = jnp.where(mask, dense, jnp.zeros((), dense.dtype))
-        return leaf.encode(kept) if is_compressed(leaf) else kept
+        if _check.is_concrete(mask) and not bool(mask):
+            raise ValueError(
+                f"apply_masks needs a mask of the shape of leaf {path!r}, or a scalar "
+                "True, got a scalar False."
+            )
+        return leaf
 
     rows = zip(paths, leaves, jax.tree.leaves(masks), strict=True)
     return jax.tree.unflatten(treedef, [apply(*row) for row in rows])
