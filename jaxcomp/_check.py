@@ -56,8 +56,17 @@ def integer_within(caller: str, name: str, value: Any, low: int, high: int) -> i
     return int(value)
 
 
-def number(caller: str, name: str, value: Any) -> Any:
-    """``value`` unchanged; a NaN among Python or NumPy numbers is an error."""
-    if isinstance(value, int | float | np.number) and math.isnan(value):
+def known(value: Any) -> float | None:
+    """A scalar as a float; None if it is traced."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    with jax.ensure_compile_time_eval():
+        return float(value)
+
+
+def number(caller: str, name: str, value: Any) -> float | None:
+    """A scalar as a float; None if it is traced. A NaN is an error."""
+    found = known(value)
+    if found is not None and math.isnan(found):
         raise ValueError(f"{caller} needs a number for {name}, got {value}.")
-    return value
+    return found

@@ -76,7 +76,8 @@ def apply_masks(params: Any, masks: Any) -> Any:
     """Zeroes every weight whose mask is False; the others keep their bits.
 
     Args:
-      params: any pytree. Nodes stay nodes, encoded again in place.
+      params: any pytree. Nodes stay nodes, encoded again in place; a `SharedTensor` to
+        which 0 is new may have to join two of its values to make room for it.
       masks: bools shaped like ``params``, one for a node; a scalar True leaves a leaf
         as it is.
 
@@ -137,8 +138,8 @@ def prune_tree(params: Any, theta: float, *, where: Where = is_matrix) -> Any:
     >>> prune_tree({"kernel": jnp.array([[0.1, -0.5]])}, theta=0.5)
     {'kernel': Array([[ 0. , -0.5]], dtype=float32)}
     """
-    _check.number("prune_tree", "theta", theta)
-    if not isinstance(theta, jax.Array) and theta < 0:
+    known = _check.number("prune_tree", "theta", theta)
+    if known is not None and known < 0:
         raise ValueError(f"prune_tree needs theta >= 0, got {theta}.")
 
     def prune(w: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ def zeros_of(sparsity: Any, size: int) -> Any:
     32
     """
     if not isinstance(sparsity, jax.Array):
-        return round(Fraction(repr(float(sparsity))) * size)
+        return round(Fraction(str(sparsity)) * size)
     # m / 2**24 times size, in 32-bit integers: size = 2**16 * high + low.
     m = jnp.round(sparsity.astype(jnp.float32) * 2**24).astype(jnp.uint32)
     high, low = np.uint32(size >> 16), np.uint32(size & 0xFFFF)
@@ -148,11 +148,9 @@ def top_mask(scores: jax.Array, sparsity: Any) -> jax.Array:
 
 
 def check_sparsity(caller: str, sparsity: Any) -> None:
-    """Raises unless a Python or NumPy sparsity lies in [0, 1)."""
-    if isinstance(sparsity, jax.Array):
-        return
-    _check.number(caller, "sparsity", sparsity)
-    if not 0 <= sparsity < 1:
+    """Raises unless a sparsity that is not traced lies in [0, 1)."""
+    known = _check.number(caller, "sparsity", sparsity)
+    if known is not None and not 0 <= known < 1:
         raise ValueError(
             f"{caller} needs 0 <= sparsity < 1, the fraction of zeros, got {sparsity}."
         )

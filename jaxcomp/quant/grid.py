@@ -6,7 +6,8 @@ left runs in C order and is cut into groups, and every (channel, group) has one 
 
 import dataclasses
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -133,8 +134,8 @@ def _kept(caller: str, axis: Axis, ndim: int) -> tuple[int, ...]:
     """The kept axes, not negative, sorted."""
     if axis is None or ndim == 0:
         return ()
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    kept = sorted(a + ndim if a < 0 else a for a in axes)
+    axes = axis if isinstance(axis, Sequence) else (axis,)
+    kept = sorted(operator.index(a) + (ndim if a < 0 else 0) for a in axes)
     if any(not 0 <= a < ndim for a in kept) or len(set(kept)) != len(kept):
         raise ValueError(
             f"{caller} needs axes of an array of {ndim} dimensions, each once, got "

@@ -411,3 +411,11 @@ def test_a_scalar_false_for_a_whole_leaf_is_an_error():
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         jc.apply_masks({"w": jnp.ones((2, 3))}, {"w": jnp.array(False)})
+
+
+def test_a_threshold_held_by_jax_is_checked_like_a_number():
+    tree = {"w": jnp.ones((1, 2))}
+    with pytest.raises(ValueError, match="prune_tree needs theta >= 0"):
+        jc.prune_tree(tree, jnp.float32(-1))
+    with pytest.raises(ValueError, match="needs a number for theta, got nan"):
+        jc.prune_tree(tree, jnp.float32(jnp.nan))

@@ -257,3 +257,13 @@ def test_a_sparsity_out_of_range_is_an_error(sparsity):
 def test_a_sparsity_that_is_no_number_is_an_error(sparsity):
     with pytest.raises(ValueError, match="top_mask needs a number for sparsity, got"):
         top_mask(jnp.zeros(3), sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [1.5, -0.5, 1.0])
+def test_a_sparsity_held_by_jax_is_checked_like_a_number(sparsity):
+    with pytest.raises(ValueError, match="top_mask needs 0 <= sparsity < 1"):
+        top_mask(jnp.ones(4), jnp.float32(sparsity))
+
+
+def test_a_narrow_numpy_sparsity_is_the_decimal_that_it_prints_as():
+    assert zeros_of(np.float32(0.35), 90) == 32

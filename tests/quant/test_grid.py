@@ -674,3 +674,10 @@ def test_a_step_without_bits_under_jit_is_an_error():
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         jax.jit(lambda x: quantize_step(x, 0.5).dense())(jnp.ones(3))
+
+
+def test_axes_may_be_integers_of_numpy():
+    x = jnp.arange(6.0).reshape(2, 3)
+    one, two = quantize(x, axis=0), quantize(x, axis=np.int64(0))
+    np.testing.assert_array_equal(one.codes, two.codes)
+    assert two.axis == (0,)

@@ -46,6 +46,7 @@ def soft_target_loss(student: Any, teacher: Any, temperature: float = 2.0) -> ja
 
 
 def check_temperature(caller: str, temperature: Any) -> None:
-    """Raises unless a Python or NumPy temperature is positive."""
-    if not isinstance(temperature, jax.Array) and not temperature > 0:
+    """Raises unless a temperature that is not traced is positive."""
+    known = _check.known(temperature)
+    if known is not None and not known > 0:
         raise ValueError(f"{caller} needs temperature > 0, got {temperature}.")
