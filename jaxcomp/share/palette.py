@@ -67,10 +67,8 @@ class SharedTensor(CompressedArray):
         return dataclasses.replace(self, codes=self._nearest(x))
 
     def _lacks_zero(self, x: jax.Array) -> bool:
-        """Whether zeros of ``x`` are new to the codebook; under jit they may be."""
-        if not _check.is_concrete(x):
-            return True
-        return bool(jnp.any(x == 0)) and not bool(jnp.any(self.codebook == 0))
+        """Whether ``x`` has zeros, which an entry that trains cannot hold; or may."""
+        return not _check.is_concrete(x) or bool(jnp.any(x == 0))
 
     @jax.jit
     def _nearest(self, x: jax.Array) -> jax.Array:

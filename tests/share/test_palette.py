@@ -384,3 +384,10 @@ def test_share_tree_names_the_leaf_the_index_and_the_value_of_a_nan():
     text = "share_tree needs finite values, but leaf 'b/0' float32[1, 2] holds nan at"
     with pytest.raises(ValueError, match=re.escape(text + " index (0, 1) (1 such of")):
         share_tree(tree)
+
+
+def test_zeros_are_pinned_even_if_an_entry_that_trains_happens_to_be_zero():
+    node = palettize(jnp.array([-1.0, 1.0, 5.0]), 2)
+    assert not node.zero and 0.0 in node.codebook.tolist()
+    pruned = node.encode(jnp.array([0.0, 0.0, 5.0]))
+    assert pruned.zero and pruned.codebook.tolist() == [5.0]
