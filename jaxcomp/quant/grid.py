@@ -66,7 +66,7 @@ class QTensor(CompressedArray):
     def _zero(self) -> Any:
         """The code of zero: an int, or int32[channels, groups, 1]."""
         if self.zero is None:
-            return _symmetric_zero(self.bits)
+            return symmetric_zero(self.bits)
         flat = packing.unpack(self.zero, self.bits, self.scale.size)
         return flat.reshape(*self.scale.shape, 1).astype(jnp.int32)
 
@@ -87,13 +87,13 @@ class QTensor(CompressedArray):
 
     @jax.jit
     def encode(self, x: jax.Array) -> "QTensor":
-        new = _round(
-            _to_groups(x, self.axis, self.group), self.scale, self._zero(), self.bits
+        new = rounded(
+            to_groups(x, self.axis, self.group), self.scale, self._zero(), self.bits
         )
-        same = _to_groups(x == self.dense(), self.axis, self.group)
+        same = to_groups(x == self.dense(), self.axis, self.group)
         old = self._codes()
         codes = jnp.where(same, old, new.astype(old.dtype))
-        return dataclasses.replace(self, codes=_packed(codes, self.bits))
+        return dataclasses.replace(self, codes=packed(codes, self.bits))
 
     def describe(self) -> str:
         kind = "symmetric" if self.zero is None else "affine"
@@ -108,25 +108,25 @@ def _bits_of(x: jax.Array) -> int:
     return jnp.finfo(x.dtype).bits
 
 
-def _steps(x: jax.Array, scale: jax.Array) -> jax.Array:
+def in_steps(x: jax.Array, scale: jax.Array) -> jax.Array:
     """``x / scale``, rounded half to even, in the arithmetic dtype."""
     wide = _check.wide(x.dtype)
     x, scale = x.astype(wide), scale.astype(wide)
     # XLA multiplies by the reciprocal; that of a large scale would be flushed to 0.
-    unit = _unit(scale)
+    unit = unit_near(scale)
     return jnp.round((x * unit) / (scale * unit))
 
 
-def _unit(size: jax.Array) -> jax.Array:
+def unit_near(size: jax.Array) -> jax.Array:
     """A power of 2 that brings values of this size away from both ends of float32."""
     return jnp.where(size > 1, 2.0**-24, 2.0**24).astype(size.dtype)
 
 
-def _symmetric_zero(bits: int) -> int:
+def symmetric_zero(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def _packed(codes: jax.Array, bits: int) -> jax.Array:
+def packed(codes: jax.Array, bits: int) -> jax.Array:
     return packing.pack(codes.reshape(-1), bits)
 
 
@@ -144,7 +144,7 @@ def _kept(caller: str, axis: Axis, ndim: int) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def _to_groups(x: jax.Array, axis: tuple[int, ...], group: int) -> jax.Array:
+def to_groups(x: jax.Array, axis: tuple[int, ...], group: int) -> jax.Array:
     """[*shape] -> [channels, groups, group], the ragged tail padded with zeros."""
     lanes = jnp.moveaxis(x, axis, range(len(axis)))
     channels = math.prod(x.shape[a] for a in axis)
@@ -156,21 +156,21 @@ def _to_groups(x: jax.Array, axis: tuple[int, ...], group: int) -> jax.Array:
 def _from_groups(
     y: jax.Array, shape: tuple[int, ...], axis: tuple[int, ...]
 ) -> jax.Array:
-    """The inverse of `_to_groups`."""
+    """The inverse of `to_groups`."""
     kept = tuple(shape[a] for a in axis)
     rest = tuple(length for a, length in enumerate(shape) if a not in axis)
     lanes = y.reshape(y.shape[0], y.shape[1] * y.shape[2])[:, : math.prod(rest)]
     return jnp.moveaxis(lanes.reshape(kept + rest), range(len(axis)), axis)
 
 
-def _round(x: jax.Array, scale: jax.Array, zero: Any, bits: int) -> jax.Array:
+def rounded(x: jax.Array, scale: jax.Array, zero: Any, bits: int) -> jax.Array:
     """Codes of ``x`` [channels, groups, group] on a grid, ties to the even code."""
-    steps = _steps(x, scale[..., None])
+    steps = in_steps(x, scale[..., None])
     top = 2**bits - 1 if isinstance(zero, jax.Array) else 2 * zero
     return jnp.clip(steps + jnp.asarray(zero, steps.dtype), 0, top).astype(jnp.uint16)
 
 
-def _checked(
+def checked_settings(
     caller: str, x: jax.Array, bits: int, axis: Axis, group: int | None
 ) -> tuple[jax.Array, int, tuple[int, ...], int]:
     """The array, the bits, the kept axes and the true length of a group."""
@@ -183,7 +183,7 @@ def _checked(
     return x, bits, kept, max(1, row if group is None else min(group, row))
 
 
-def _scale(reach: jax.Array, levels: int, dtype: Any) -> jax.Array:
+def scale_for(reach: jax.Array, levels: int, dtype: Any) -> jax.Array:
     """Spacing of a grid that spans ``reach``; never 0, so that zeros divide."""
     # Twice the least normal number: a subnormal spacing is flushed to 0 by XLA.
     return jnp.maximum(reach / levels, 2 * float(jnp.finfo(dtype).tiny)).astype(dtype)
@@ -216,16 +216,16 @@ def quantize(
     >>> quantize(jnp.array([[0.0, 0.5, -1.0]]), bits=3, axis=None).dense() * 3
     Array([[ 0.,  2., -3.]], dtype=float32)
     """
-    return _symmetric(*_checked("quantize", x, bits, axis, group))
+    return _symmetric(*checked_settings("quantize", x, bits, axis, group))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _symmetric(x: jax.Array, bits: int, axis: tuple[int, ...], group: int) -> QTensor:
-    groups = _to_groups(x, axis, group)
-    middle = _symmetric_zero(bits)
+    groups = to_groups(x, axis, group)
+    middle = symmetric_zero(bits)
     reach = jnp.max(jnp.abs(groups.astype(_check.wide(x.dtype))), axis=-1, initial=0)
-    scale = _scale(reach, middle, x.dtype)
-    codes = _packed(_round(groups, scale, middle, bits), bits)
+    scale = scale_for(reach, middle, x.dtype)
+    codes = packed(rounded(groups, scale, middle, bits), bits)
     return QTensor(codes, scale, None, bits, x.shape, axis, group)
 
 
@@ -253,20 +253,20 @@ def quantize_affine(
     >>> quantize_affine(jnp.array([[0.0, 1.0, 3.0]]), bits=2, axis=None).dense()
     Array([[0., 1., 3.]], dtype=float32)
     """
-    return _affine(*_checked("quantize_affine", x, bits, axis, group))
+    return _affine(*checked_settings("quantize_affine", x, bits, axis, group))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _affine(x: jax.Array, bits: int, axis: tuple[int, ...], group: int) -> QTensor:
-    groups = _to_groups(x, axis, group)
+    groups = to_groups(x, axis, group)
     levels = 2**bits - 1
     wide = groups.astype(_check.wide(x.dtype))
     low, high = jnp.min(wide, axis=-1, initial=0), jnp.max(wide, axis=-1, initial=0)
-    unit = _unit(jnp.maximum(high, -low))  # high - low may overflow
-    scale = _scale((high * unit - low * unit) / levels / unit, 1, x.dtype)
-    zero = jnp.clip(_steps(-low, scale), 0, levels).astype(jnp.int32)[..., None]
-    codes = _packed(_round(groups, scale, zero, bits), bits)
-    return QTensor(codes, scale, _packed(zero, bits), bits, x.shape, axis, group)
+    unit = unit_near(jnp.maximum(high, -low))  # high - low may overflow
+    scale = scale_for((high * unit - low * unit) / levels / unit, 1, x.dtype)
+    zero = jnp.clip(in_steps(-low, scale), 0, levels).astype(jnp.int32)[..., None]
+    codes = packed(rounded(groups, scale, zero, bits), bits)
+    return QTensor(codes, scale, packed(zero, bits), bits, x.shape, axis, group)
 
 
 def quantize_step(x: jax.Array, step: float, bits: int | None = None) -> QTensor:
@@ -299,12 +299,12 @@ def quantize_step(x: jax.Array, step: float, bits: int | None = None) -> QTensor
             f"quantize_step needs a step that {x.dtype} can hold, from {info.tiny} to "
             f"{info.max}, got step={step}."
         )
-    groups = _to_groups(x, (), max(1, x.size))
+    groups = to_groups(x, (), max(1, x.size))
     scale = jnp.full(groups.shape[:2], step, x.dtype)
     if bits is not None:
         _check.integer_within("quantize_step", "bits", bits, 2, packing.WIDEST)
     if _check.is_concrete(x):
-        most = float(jnp.max(jnp.abs(_steps(groups, scale[..., None])), initial=0))
+        most = float(jnp.max(jnp.abs(in_steps(groups, scale[..., None])), initial=0))
         if not math.isfinite(most):
             raise ValueError(
                 f"quantize_step needs finite values of |x / step|, got {most} at "
@@ -323,7 +323,7 @@ def quantize_step(x: jax.Array, step: float, bits: int | None = None) -> QTensor
             "quantize_step needs `bits` under jit, where it cannot see the values of "
             f"{_check.describe(x)}. Pass bits, or call it outside jit."
         )
-    codes = _packed(_round(groups, scale, _symmetric_zero(bits), bits), bits)
+    codes = packed(rounded(groups, scale, symmetric_zero(bits), bits), bits)
     return QTensor(codes, scale, None, bits, x.shape, (), max(1, x.size))
 
 
