@@ -3,6 +3,7 @@
 from jaxcomp import prune as prune
 from jaxcomp import testing as testing
 from jaxcomp.distill import distill_step as distill_step
+from jaxcomp.distill import ensemble as ensemble
 from jaxcomp.distill import soft_target_loss as soft_target_loss
 from jaxcomp.node import CompressedArray as CompressedArray
 from jaxcomp.node import TiedTensor as TiedTensor
@@ -17,12 +18,15 @@ from jaxcomp.prune import top_mask as top_mask
 from jaxcomp.quant import QTensor as QTensor
 from jaxcomp.quant import quantize as quantize
 from jaxcomp.quant import quantize_affine as quantize_affine
+from jaxcomp.quant import quantize_searched as quantize_searched
 from jaxcomp.quant import quantize_step as quantize_step
 from jaxcomp.quant import quantize_tree as quantize_tree
 from jaxcomp.report import Report as Report
 from jaxcomp.report import report as report
 from jaxcomp.share import SharedTensor as SharedTensor
 from jaxcomp.share import palettize as palettize
+from jaxcomp.share import palettize_to_rate as palettize_to_rate
+from jaxcomp.share import share_to_rate as share_to_rate
 from jaxcomp.share import share_tree as share_tree
 from jaxcomp.share import tie_layers as tie_layers
 from jaxcomp.storage import load as load

@@ -27,7 +27,9 @@ EACH = {
     "clip_tree": lambda t: jc.clip_tree(t, -0.5, 0.5),
     "masks": lambda t: jc.prune.masks(t, 0.5),
     "quantize_tree": lambda t: jc.quantize_tree(t, bits=4),
+    "quantize_tree searched": lambda t: jc.quantize_tree(t, jc.quantize_searched),
     "share_tree": lambda t: jc.share_tree(t, clusters=4),
+    "share_to_rate": lambda t: jc.share_to_rate(t, 3.0),
     "tie_layers": lambda t: jc.tie_layers(t, [("good", "bad")]),
 }
 
@@ -36,8 +38,8 @@ EACH = {
 @pytest.mark.parametrize("name", EACH)
 def test_one_bad_value_is_an_error_that_names_leaf_index_and_value(name, value):
     text = (
-        rf"{name} needs finite values, but leaf 'bad/kernel' float32\[3, 4\] holds "
-        rf"{value} at index \(1, 2\) \(1 such of 12\)\. Mend the leaf"
+        rf"{name.split()[0]} needs finite values, but leaf 'bad/kernel' "
+        rf"float32\[3, 4\] holds {value} at index \(1, 2\) \(1 such of 12\)\. Mend the leaf"
     )
     with pytest.raises(ValueError, match=text):
         EACH[name](tree(spoilt(value)))

@@ -5,3 +5,4 @@ from jaxcomp.quant.grid import quantize as quantize
 from jaxcomp.quant.grid import quantize_affine as quantize_affine
 from jaxcomp.quant.grid import quantize_step as quantize_step
 from jaxcomp.quant.grid import quantize_tree as quantize_tree
+from jaxcomp.quant.search import quantize_searched as quantize_searched

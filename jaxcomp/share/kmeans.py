@@ -71,7 +71,7 @@ def optimal_centroids(
     # would swallow the digits of all the others, is added last.
     median = points.size // 2
     centred = points - points[median]
-    moments = np.stack([_prefix_sums(mass * centred**p, median) for p in range(3)])
+    moments = np.stack([prefix_sums(mass * centred**p, median) for p in range(3)])
     bounds = edges[_optimal_bounds(moments[:, edges], clusters)]
     bounds = _polish(bounds, centred, moments)
     start = bounds[:-1]
@@ -167,7 +167,7 @@ def _bin_edges(points: np.ndarray, mass: np.ndarray, bins: int) -> np.ndarray:
     return np.r_[0, np.minimum(cuts, points.size - bins + rank), points.size]
 
 
-def _prefix_sums(terms: np.ndarray, anchor: int) -> np.ndarray:
+def prefix_sums(terms: np.ndarray, anchor: int) -> np.ndarray:
     """float64[n + 1], 0 at ``anchor``: ``terms[a:b]`` sums to ``out[b] - out[a]``."""
     below = -np.cumsum(terms[:anchor][::-1])[::-1]
     return np.concatenate([below, [0.0], np.cumsum(terms[anchor:])])

@@ -88,6 +88,28 @@ class SharedTensor(CompressedArray):
         return f"{self.codebook.size + self.zero} shared values"
 
 
+def checked_values(caller: str, x: jax.Array) -> np.ndarray:
+    """The values of ``x`` in C order, once there are some, all finite, on the host."""
+    if not _check.is_concrete(x):
+        raise ValueError(
+            f"{caller} needs the values of {_check.describe(x)}, which are not known "
+            "under jit: it solves the codebook on the host. Call it outside jit."
+        )
+    if not x.size:
+        raise ValueError(
+            f"{caller} needs at least one value, got {_check.describe(x)}. Leave this "
+            "leaf out with `where`."
+        )
+    values = np.asarray(x).reshape(-1)
+    if not np.isfinite(values.astype(np.float64)).all():
+        fault = values[~np.isfinite(values.astype(np.float64))][0]
+        raise ValueError(
+            f"{caller} needs finite values, got {fault} in {_check.describe(x)}. Mend "
+            "the array, or leave this leaf out with `where`."
+        )
+    return values
+
+
 def palettize(x: jax.Array, clusters: int = 16) -> SharedTensor:
     """Gives ``x`` at most ``clusters`` distinct values, with the least squared error.
 
@@ -114,23 +136,7 @@ def palettize(x: jax.Array, clusters: int = 16) -> SharedTensor:
     """
     x = _check.floating("palettize", x)
     _check.integer_within("palettize", "clusters", clusters, 1, 2**packing.WIDEST)
-    if not _check.is_concrete(x):
-        raise ValueError(
-            f"palettize needs the values of {_check.describe(x)}, which are not known "
-            "under jit: it solves the codebook on the host. Call it outside jit."
-        )
-    if not x.size:
-        raise ValueError(
-            f"palettize needs at least one value, got {_check.describe(x)}. Leave this "
-            "leaf out with `where`."
-        )
-    values = np.asarray(x).reshape(-1)
-    if not np.isfinite(values.astype(np.float64)).all():
-        fault = values[~np.isfinite(values.astype(np.float64))][0]
-        raise ValueError(
-            f"palettize needs finite values, got {fault} in {_check.describe(x)}. Mend "
-            "the array, or leave this leaf out with `where`."
-        )
+    values = checked_values("palettize", x)
     live = values != 0
     zero = not live.all()
     room = clusters - zero
