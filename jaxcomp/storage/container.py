@@ -2,9 +2,10 @@
 
 Each leaf is stored in the smaller of two profiles. *Packed*: its arrays are named
 tensors of their own dtype, which any safetensors reader sees. *Coded*: its arrays are
-entropy coded, one after the other, in one uint8 tensor under the leaf's path. The
-header's single metadata entry, ``jaxcomp``, holds the structure and the checksums;
-docs/format.md is the specification. Nothing in a file is ever executed.
+entropy coded, one after the other, in one uint8 tensor under the leaf's path or, where
+that would be short, in a tensor that such leaves share. The header's single metadata
+entry, ``jaxcomp``, holds the structure and the checksums; docs/format.md is the
+specification. Nothing in a file is ever executed.
 """
 
 import dataclasses
@@ -38,6 +39,8 @@ KINDS: dict[str, tuple[type[CompressedArray], tuple[str, ...]]] = {
 }
 
 ENTRY = 60  # bytes that one more tensor takes in the header, besides its name
+POOL = "__pool__"  # the tensor that short coded leaves share
+_SHORT = 4096  # bytes; what is longer is worth a name of its own
 
 
 def save(path: str | os.PathLike, tree: Any) -> int:
@@ -64,6 +67,7 @@ def save(path: str | os.PathLike, tree: Any) -> int:
     True
     """
     tensors: dict[str, np.ndarray] = {}
+    pool = bytearray()
 
     def put(name: str, array: np.ndarray) -> None:
         if name == "__metadata__":
@@ -87,7 +91,11 @@ def save(path: str | os.PathLike, tree: Any) -> int:
             blob = _encode_fields(leaf, arrays)
             coded = [*spec, {key: _field_spec(a) for key, a in arrays.items()}]
             extra = len(json.dumps(coded)) - len(json.dumps(spec))
-            if not exact or len(blob) + len(path) + ENTRY + extra < size:
+            if len(blob) < _SHORT:
+                if not exact or len(blob) + extra < size:
+                    pool.extend(blob)
+                    return [*coded, len(pool) - len(blob)]
+            elif not exact or len(blob) + len(path) + ENTRY + extra < size:
                 put(path, np.frombuffer(blob, np.uint8))
                 return coded
         for name, array in packed.items():
@@ -95,6 +103,8 @@ def save(path: str | os.PathLike, tree: Any) -> int:
         return 0 if spec == ["array"] else spec
 
     structure = json.dumps(encode_tree(tree, leaf_spec), separators=(",", ":"))
+    if pool:
+        put(POOL, np.frombuffer(bytes(pool), np.uint8))
     return write_file(Path(path), structure, tensors)
 
 
@@ -222,12 +232,13 @@ def _encode_fields(leaf: Any, arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def _decode_fields(
-    kind: str, static: dict[str, Any], fields: dict[str, list], data: bytes
-) -> dict[str, np.ndarray]:
+    kind: str, static: dict[str, Any], fields: dict[str, list], data: Any
+) -> tuple[dict[str, np.ndarray], int]:
+    """The arrays coded in a buffer of bytes, and where they end."""
     arrays, start = {}, 0
     for name, spec in fields.items():
         length, start = decode_varint(data, start)
-        part, start = data[start : start + length], start + length
+        part, start = bytes(data[start : start + length]), start + length
         named = isinstance(spec[0], str) if spec else False
         dtype, shape = spec[0] if named else "uint8", tuple(spec[named:])
         if _is_codes(kind, name):
@@ -237,9 +248,7 @@ def _decode_fields(
             arrays[name] = np.asarray(packing.pack(rows, static["bits"]))
         else:
             arrays[name] = decode_array(part, jnp.dtype(dtype), shape)
-    if start != len(data):
-        raise ValueError(f"{len(data) - start} bytes are left over")
-    return arrays
+    return arrays, start
 
 
 def _leaf(path: str, spec: Any, tensors: dict[str, np.ndarray]) -> Any:
@@ -278,8 +287,15 @@ def _arrays(
     tensors: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """The arrays of a leaf by field, from either profile."""
+    if len(coded) == 2:
+        pool = tensors[POOL].data[coded[1] :]
+        return _decode_fields(kind, static, coded[0], pool)[0]
     if coded:
-        return _decode_fields(kind, static, coded[0], tensors.pop(path).tobytes())
+        data = tensors.pop(path).tobytes()
+        arrays, end = _decode_fields(kind, static, coded[0], data)
+        if end != len(data):
+            raise ValueError(f"{len(data) - end} bytes are left over")
+        return arrays
     stored = {name: _field(path, name) for name in names}
     return {name: tensors.pop(key) for name, key in stored.items() if key in tensors}
 

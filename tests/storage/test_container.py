@@ -278,11 +278,12 @@ def test_any_safetensors_reader_sees_the_arrays(path):
     tree = {
         "bias": jnp.arange(4, dtype=jnp.float16),
         "layers": [{"kernel": jnp.asarray(normal((2, 3)))}],
-        "big": jnp.zeros((100, 100)),
+        "big": jnp.asarray(normal((40, 50))),
+        "short": {"a": jnp.zeros((100, 100)), "b": jnp.ones((100, 100))},
     }
     jc.save(path, tree)
     whole = safetensors.numpy.load(path.read_bytes())
-    assert set(whole) == {"bias", "layers/0/kernel", "big"}
+    assert set(whole) == {"bias", "layers/0/kernel", "big", "__pool__"}
     assert whole["bias"].dtype == np.float16
     np.testing.assert_array_equal(whole["bias"], tree["bias"])
     np.testing.assert_array_equal(whole["layers/0/kernel"], tree["layers"][0]["kernel"])
@@ -290,6 +291,24 @@ def test_any_safetensors_reader_sees_the_arrays(path):
     with safetensors.safe_open(path, framework="numpy") as file:
         assert set(file.metadata()) == {"jaxcomp"}
         np.testing.assert_array_equal(file.get_tensor("bias"), tree["bias"])
+
+
+def test_short_coded_leaves_share_a_tensor(path, pass_through):
+    tree = {f"{i:02}": jnp.full((40, 50), i % 7, jnp.float32) for i in range(30)}
+    tree["q"] = jc.quantize(jnp.asarray(normal((6, 50))))
+    tree["key"] = jax.random.key(3)
+    back = pass_through(tree)
+    assert set(safetensors.numpy.load(path.read_bytes())) == {"__pool__", "key"}
+    for name, leaf in tree.items():
+        same = jax.tree.map(lambda a, b: (a == b).all(), back[name], leaf)
+        assert all(jax.tree.leaves(same))
+
+
+def test_a_leaf_with_the_name_of_the_pool_is_an_error_only_beside_one(path):
+    jc.save(path, {"__pool__": jnp.ones(2)})
+    np.testing.assert_array_equal(jc.load(path)["__pool__"], [1, 1])
+    with pytest.raises(ValueError, match="two are '__pool__'"):
+        jc.save(path, {"__pool__": jnp.ones(2), "w": jnp.zeros((100, 100))})
 
 
 def test_a_safetensors_file_of_somebody_else_is_an_error_that_says_so(path):
