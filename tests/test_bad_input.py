@@ -39,7 +39,8 @@ EACH = {
 def test_one_bad_value_is_an_error_that_names_leaf_index_and_value(name, value):
     text = (
         rf"{name.split()[0]} needs finite values, but leaf 'bad/kernel' "
-        rf"float32\[3, 4\] holds {value} at index \(1, 2\) \(1 such of 12\)\. Mend the leaf"
+        rf"float32\[3, 4\] holds {value} at index \(1, 2\) \(1 such of 12\)\. "
+        "Mend the leaf"
     )
     with pytest.raises(ValueError, match=text):
         EACH[name](tree(spoilt(value)))
