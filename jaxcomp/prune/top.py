@@ -17,7 +17,8 @@ from jaxcomp import _check
 
 
 RADIX = ((21, 11), (10, 11), (0, 10))  # (shift, width) of the digits of 32 bits
-BLOCK = 1024
+DIGITS = 2**11  # values of the widest
+ROW = 1024
 
 
 def zeros_of(sparsity: Any, size: int) -> Any:
@@ -62,46 +63,51 @@ def _ordered(scores: jax.Array) -> jax.Array:
     return jnp.where(raw & sign != 0, ~raw, raw | sign)
 
 
-def _threshold(keys: Sequence[jax.Array], rank: jax.Array) -> tuple[Any, Any]:
-    """The key with ``rank - 1`` entries before it in order, and how many are less."""
-    prefix = jnp.uint32(0)
-    left = rank
-    for shift, width in RADIX:
-        histogram = jnp.zeros(2**width, jnp.int32)
-        for key in keys:
-            digit = (key >> shift) & np.uint32(2**width - 1)
-            known = shift + width
-            # Shifting by all 32 bits is undefined; every key starts with no digits.
-            inside = (key >> known == prefix) if known < 32 else key == key
-            histogram = histogram.at[digit].add(inside.astype(jnp.int32))
-        reached = jnp.cumsum(histogram)
-        digit = jnp.sum(reached < left)
-        left = left - jnp.where(digit > 0, reached[digit - 1], 0)
-        prefix = (prefix << width) | digit.astype(jnp.uint32)
-    return prefix, rank - left
+def _reach(counts: jax.Array, begin: Any, target: jax.Array) -> tuple[Any, Any]:
+    """Where sums from some places on reach a target, and the sums before that."""
+    running = jnp.cumsum(counts)
+    base = running[begin] - counts[begin]
+    index = jnp.searchsorted(running, base + target)
+    return index, running[index] - counts[index] - base
 
 
-def _first(flags: jax.Array, count: jax.Array) -> jax.Array:
-    """The flags with only the first ``count`` of the True ones kept."""
-    flat = flags.reshape(-1)
-    blocks = jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
-    reached = jnp.cumsum(jnp.sum(blocks, axis=1, dtype=jnp.int32))
-    block = jnp.minimum(jnp.sum(reached < count), reached.size - 1)
-    before = jnp.where(block > 0, reached[block - 1], 0)
-    inside = jnp.cumsum(blocks[block].astype(jnp.int32))
-    last = block * BLOCK + jnp.sum(inside < count - before)
-    position = jnp.arange(flat.size).reshape(flags.shape)
-    return flags & (position <= last) & (count > 0)
+def _thresholds(
+    keys: jax.Array, valid: jax.Array, owner: Any, ranks: jax.Array
+) -> tuple[Any, Any]:
+    """The key of each owner's ``rank``-th entry, and how many of its keys are less."""
+    begin = np.arange(ranks.size) * DIGITS
+
+    def narrow(i: Any, found: tuple[Any, Any]) -> tuple[Any, Any]:
+        prefix, less = found
+        shift, width = jnp.asarray(RADIX, jnp.uint32)[i]
+        high = keys >> shift
+        # In two shifts, as one by all 32 bits is undefined.
+        inside = (high >> width == prefix[owner]) & valid
+        digit = high & ((np.uint32(1) << width) - 1)
+        place = digit.astype(jnp.int32) + owner * DIGITS
+        empty = jnp.zeros(ranks.size * DIGITS, jnp.int32)
+        histogram = empty.at[place].add(inside.astype(jnp.int32))
+        index, before = _reach(histogram, begin, ranks - less)
+        digits = (index - begin).astype(jnp.uint32)
+        return (prefix << width) | digits, less + before
+
+    # A loop, so that the digits share what is compiled for one.
+    start = jnp.zeros(ranks.shape, jnp.uint32), jnp.zeros(ranks.shape, jnp.int32)
+    return jax.lax.fori_loop(0, len(RADIX), narrow, start)
 
 
 @jax.jit
 def top_masks(scores: Sequence[jax.Array], zeros: Any) -> list[jax.Array]:
-    """Masks over several leaves that remove exactly ``zeros`` entries in all.
+    """Masks over several leaves that remove exactly ``zeros`` entries.
+
+    The leaves are laid end to end in one matrix, each from a new row on, so that the
+    search is compiled once and not for every leaf.
 
     Args:
       scores: float[*shape] each, compared in float32.
-      zeros: int32[], entries to remove: the lowest scores of all leaves together. On a
-        tie the earlier entry, in the order of the leaves and in C order, is kept.
+      zeros: int32[], entries to remove: the lowest scores of all leaves together; or
+        int32[leaves], of each leaf by itself. On a tie the earlier entry, in the order
+        of the leaves and in C order, is kept.
 
     Returns:
       bool[*shape] each; False is removed.
@@ -110,17 +116,38 @@ def top_masks(scores: Sequence[jax.Array], zeros: Any) -> list[jax.Array]:
     if not sum(s.size for s in scores):
         return [jnp.ones(s.shape, bool) for s in scores]
     zeros = jnp.asarray(zeros, jnp.int32)
-    keys = [_ordered(s).reshape(-1) for s in scores]
-    threshold, less = _threshold(keys, jnp.maximum(zeros, 1))
-    ties = [key == threshold for key in keys]
-    counts = [jnp.sum(tie, dtype=jnp.int32) for tie in ties]
-    kept = sum(counts) - (zeros - less)  # of the ties; all of them if zeros is 0
-    masks = []
-    for score, key, tie, count in zip(scores, keys, ties, counts, strict=True):
-        mask = (key > threshold) | _first(tie, kept) if key.size else tie
-        kept = jnp.maximum(kept - count, 0)
-        masks.append(mask.reshape(score.shape))
-    return masks
+    sizes = np.array([s.size for s in scores])
+    heights = -(-sizes // ROW)
+    first = np.cumsum(heights) - heights  # the row at which each leaf begins
+    pieces = [
+        jnp.pad(_ordered(s).reshape(-1), (0, height * ROW - s.size))
+        for s, height in zip(scores, heights, strict=True)
+    ]
+    keys = jnp.concatenate(pieces).reshape(-1, ROW)
+    leaf = np.repeat(np.arange(sizes.size), heights)
+    places = jnp.arange(keys.size, dtype=jnp.int32)
+    valid = places.reshape(keys.shape) < (first * ROW + sizes)[leaf, None]
+
+    owners = np.arange(sizes.size) * zeros.ndim  # all are 0 if they share one count
+    owner = owners[leaf, None]
+    zeros = zeros.reshape(-1)
+    thresholds, less = _thresholds(keys, valid, owner, jnp.maximum(zeros, 1))
+    ties = (keys == thresholds[owner]) & valid
+    sums = jnp.sum(ties, axis=1, dtype=jnp.int32)
+    total = jax.ops.segment_sum(sums, owner[:, 0], zeros.size)
+    kept = total - (zeros - less)  # of the ties; all of them if zeros is 0
+    row, before = _reach(sums, first[: zeros.size], kept)
+    inside = jnp.cumsum(ties[row].astype(jnp.int32), axis=1)
+    column = jnp.sum(inside < (kept - before)[:, None], axis=1)
+    last = jnp.where(kept > 0, row * ROW + column, -1)
+
+    def keep(score: jax.Array, own: Any, begin: Any) -> jax.Array:
+        key = _ordered(score).reshape(-1)
+        early = begin + jnp.arange(key.size, dtype=jnp.int32) <= last[own]
+        mask = (key > thresholds[own]) | ((key == thresholds[own]) & early)
+        return mask.reshape(score.shape)
+
+    return list(map(keep, scores, owners, first * ROW))
 
 
 def top_mask(scores: jax.Array, sparsity: Any) -> jax.Array:

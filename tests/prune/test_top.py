@@ -176,6 +176,29 @@ def test_ties_among_other_scores_go_by_position(zeros):
     np.testing.assert_array_equal(kept, reference(flat, zeros))
 
 
+@given(SCORES, st.tuples(*[st.integers(0, max(np.prod(s), 0)) for s in SHAPES]))
+def test_a_count_for_each_leaf_gives_the_masks_of_the_leaves_alone(flat, zeros):
+    leaves = cut(flat)
+    masks = jitted(leaves, jnp.array(zeros, jnp.int32))
+    for leaf, mask, count in zip(leaves, masks, zeros, strict=True):
+        np.testing.assert_array_equal(np.ravel(mask), reference(np.ravel(leaf), count))
+
+
+@pytest.mark.parametrize("zeros", [(0, 1500), (1023, 1), (1024, 700), (1500, 0)])
+def test_ties_of_leaves_of_several_rows_go_by_position_in_each(zeros):
+    a, b = jitted([jnp.zeros(1500), jnp.zeros((3, 500))], jnp.array(zeros, jnp.int32))
+    np.testing.assert_array_equal(a, np.arange(1500) < 1500 - zeros[0])
+    np.testing.assert_array_equal(b.reshape(-1), np.arange(1500) < 1500 - zeros[1])
+
+
+def test_the_search_is_compiled_once_for_all_leaves():
+    def equations(leaves):
+        jaxpr = jax.make_jaxpr(lambda s: top_masks(s, 3))([jnp.zeros((2, 3))] * leaves)
+        return str(jaxpr).count(" = ")
+
+    assert equations(11) < equations(1) + 10 * 35  # about 300 for a leaf of its own
+
+
 def test_leaves_without_entries_have_masks_without_entries():
     for masks in (top_masks([jnp.zeros((0, 3))], 0), jitted([jnp.zeros((0, 3))], 0)):
         assert [mask.shape for mask in masks] == [(0, 3)]
