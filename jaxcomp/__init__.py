@@ -31,8 +31,16 @@ from jaxcomp.share import share_tree as share_tree
 from jaxcomp.share import tie_layers as tie_layers
 from jaxcomp.storage import load as load
 from jaxcomp.storage import save as save
+from jaxcomp.train import decay_learning_rate as decay_learning_rate
+from jaxcomp.train import fake_quantize as fake_quantize
 from jaxcomp.train import keep_zeros as keep_zeros
+from jaxcomp.train import learned_clip as learned_clip
+from jaxcomp.train import learned_step as learned_step
+from jaxcomp.train import left_alone as left_alone
 from jaxcomp.train import prune_gradually as prune_gradually
+from jaxcomp.train import regrow_randomly as regrow_randomly
+from jaxcomp.train import restart_decay as restart_decay
+from jaxcomp.train import rigl as rigl
 from jaxcomp.tree import Where as Where
 from jaxcomp.tree import is_matrix as is_matrix
 from jaxcomp.tree import join as join

@@ -12,10 +12,12 @@ import pytest
 from flax import nnx
 
 import jaxcomp as jc
+from jaxcomp.train import regrow_randomly, rigl
 
 
 STEPS = 6
 SCHEDULE = optax.linear_schedule(0.25, 0.5, 3)
+SPARSE = {"fraction": optax.constant_schedule(0.3), "score": jc.magnitude, "every": 3}
 
 
 def array(rng, shape):
@@ -64,6 +66,10 @@ def zeros_held(initial, final):
         np.testing.assert_array_equal(before == 0, after == 0)
 
 
+def nothing_more(initial, final):
+    """A link that only scales updates: what the other tests ask for is all."""
+
+
 # The transformation, and what holds of the matrices once it has run.
 ROWS = {
     "prune_gradually": (jc.prune_gradually(SCHEDULE, every=2), pruned_each),
@@ -72,6 +78,13 @@ ROWS = {
         pruned_together,
     ),
     "keep_zeros": (jc.keep_zeros(), zeros_held),
+    "rigl": (rigl(optax.identity(), 0.5, **SPARSE), pruned_each),
+    "regrow_randomly": (
+        regrow_randomly(jax.random.key(0), optax.identity(), 0.5, **SPARSE),
+        pruned_each,
+    ),
+    "decay_learning_rate": (jc.decay_learning_rate(0.5, every=2), nothing_more),
+    "restart_decay": (jc.restart_decay(lambda step: 1 / (1 + step)), nothing_more),
 }
 
 
@@ -80,7 +93,7 @@ def row(request):
     return ROWS[request.param]
 
 
-@pytest.fixture(params=["prune_gradually", "keep_zeros"])
+@pytest.fixture(params=["prune_gradually", "keep_zeros", "regrow_randomly"])
 def local_row(request):
     """A row for tests of one matrix, in which a budget says nothing."""
     return ROWS[request.param]
