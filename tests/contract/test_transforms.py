@@ -66,10 +66,6 @@ def zeros_held(initial, final):
         np.testing.assert_array_equal(before == 0, after == 0)
 
 
-def nothing_more(initial, final):
-    """A link that only scales updates: what the other tests ask for is all."""
-
-
 # The transformation, and what holds of the matrices once it has run.
 ROWS = {
     "prune_gradually": (jc.prune_gradually(SCHEDULE, every=2), pruned_each),
@@ -83,8 +79,6 @@ ROWS = {
         regrow_randomly(jax.random.key(0), optax.identity(), 0.5, **SPARSE),
         pruned_each,
     ),
-    "decay_learning_rate": (jc.decay_learning_rate(0.5, every=2), nothing_more),
-    "restart_decay": (jc.restart_decay(lambda step: 1 / (1 + step)), nothing_more),
 }
 
 

@@ -1,3 +1,5 @@
+import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +110,66 @@ def test_the_weights_are_needed():
     tx = jc.restart_decay(lambda step: 1.0)
     with pytest.raises(ValueError, match="restart_decay needs the current weights"):
         tx.update(kernel(1.0), tx.init(kernel(1.0)))
+
+
+# What every link promises; those that hold masks have a table in tests/contract/.
+LINKS = {
+    "decay_learning_rate": jc.decay_learning_rate(0.5, every=2),
+    "restart_decay": jc.restart_decay(lambda step: 1 / (1 + step)),
+}
+
+
+def stepper(tx):
+    def step(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        zeroed = jax.tree.map(lambda p: jnp.where(jnp.abs(p) < 0.1, 0.0, p), params)
+        return (zeroed, state), None
+
+    return step
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_scan_vmap_and_a_saved_state_do_what_a_loop_does(name):
+    chex.clear_trace_counter()
+    tx = optax.chain(optax.adam(0.1), LINKS[name])
+    step = jax.jit(chex.assert_max_traces(stepper(tx), n=1))
+    keys = jax.random.split(jax.random.key(0), 3)
+    starts = {"kernel": jax.random.normal(keys[0], (2, 3, 4)), "gain": jnp.ones(2)}
+    grads = {"kernel": jax.random.normal(keys[1], (6, 3, 4)), "gain": jnp.ones(6)}
+
+    def loop(carry, rows):
+        for i in rows:
+            carry, _ = step(carry, {key: grad[i] for key, grad in grads.items()})
+        return carry
+
+    def scan(start):
+        return jax.lax.scan(stepper(tx), (start, tx.init(start)), grads)[0]
+
+    params = jax.tree.map(lambda p: p[0], starts)
+    carry = loop((params, tx.init(params)), range(6))
+    chex.assert_trees_all_close(scan(params), carry, rtol=1e-5)
+    both = jax.vmap(scan)(starts)
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], both), carry, rtol=1e-5)
+
+    half = loop((params, tx.init(params)), range(3))
+    saved = flax.serialization.to_bytes(half)
+    again = flax.serialization.from_bytes((params, tx.init(params)), saved)
+    chex.assert_trees_all_equal(loop(again, range(3, 6)), carry)
+
+
+def test_part_of_a_tree_restarts_by_itself():
+    trees = [
+        {"a": kernel(1.0), "b": kernel(2.0)},
+        {"a": kernel(1.0), "b": kernel(2.0)},
+        {"a": kernel(1.0), "b": kernel(0.0)},
+    ]
+    link = jc.restart_decay(lambda step: 0.5**step)
+    labels = {k: dict.fromkeys(trees[0][k], k) for k in "ab"}
+    tx = optax.partition({"a": link, "b": link}, labels)
+    state, found = tx.init(trees[0]), []
+    for params in trees:
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        found.append([float(updates[k]["kernel"][0, 0]) for k in "ab"])
+    assert found == [[1, 1], [0.5, 0.5], [0.25, 1]]
