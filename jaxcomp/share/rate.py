@@ -140,6 +140,8 @@ def _checked_rate(caller: str, rate: float) -> float:
 
 def _search(rows: list[_Row], rate: float) -> list[_Cells]:
     """The finest quantizers on one step size that meet the rate together."""
+    if not rows:  # an empty tree, or a part of one
+        return []
     budget = rate * sum(row.points.size for row in rows)
     least = min((row.finest for row in rows if row.finest), default=1.0)
 

@@ -191,6 +191,10 @@ def test_more_values_than_codes_are_merged():
     assert node.bits == 16 and np.abs(np.asarray(node.dense()) - x).max() <= 1
 
 
+def test_an_empty_tree_stays_one():
+    assert share_to_rate({}, 3.0) == {}
+
+
 @pytest.mark.parametrize("rate", [0, -1.0, float("nan")])
 def test_a_rate_must_be_positive(rate):
     with pytest.raises(ValueError, match=r"share_to_rate needs"):
