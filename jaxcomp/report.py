@@ -16,7 +16,7 @@ from jaxcomp import _check
 from jaxcomp.entropy import order0_entropy
 from jaxcomp.node import densify, flatten, is_compressed
 from jaxcomp.storage.container import KINDS, symbols
-from jaxcomp.tree import NOT_MATRICES, last_key
+from jaxcomp.tree import NOT_MATRICES, last_key, strays
 
 
 class Row(NamedTuple):
@@ -48,12 +48,14 @@ class Report(NamedTuple):
 
     leaves: tuple[Row, ...]
     total: Row
+    strays: int  # weights that moved from zero while training, see `strays`
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and numbers: {"leaves": [...], "total": {...}}."""
+        """Plain dicts and numbers: {"leaves": [...], "total": {...}, "strays": 0}."""
         return {
             "leaves": [row._asdict() | {"ratio": row.ratio} for row in self.leaves],
             "total": self.total._asdict() | {"ratio": self.total.ratio},
+            "strays": self.strays,
         }
 
     def to_csv(self) -> str:
@@ -78,6 +80,11 @@ class Report(NamedTuple):
             table.add_row(*_cells(row))
         table.add_section()
         table.add_row(*_cells(self.total), style="bold")
+        if self.strays:
+            table.caption = (
+                f"{self.strays:,} weights were found that moved from zero while "
+                "training. Chain the pruning link last."
+            )
         return table
 
     def __str__(self) -> str:
@@ -109,13 +116,15 @@ def _short(dtype: str) -> str:
     return dtype
 
 
-def report(tree: Any, reference: Any = None) -> Report:
+def report(tree: Any, reference: Any = None, *, state: Any = None) -> Report:
     """Reads off every leaf what was done to it, what it takes and what it cost.
 
     Args:
       tree: any pytree of arrays and nodes, concrete.
       reference: the tree before compression, of the same paths and dense shapes; None
         leaves the errors out.
+      state: of the optimizer; weights that its links found non-zero where they had put
+        zeros are told below the table.
 
     Returns:
       A `Report`; ``print`` shows a table, ``to_dict`` and ``to_csv`` give the numbers.
@@ -157,7 +166,7 @@ def report(tree: Any, reference: Any = None) -> Report:
         dense_bytes=sum(row.dense_bytes for row in rows),
         error=_relative(tuple(summed)) if summed else None,
     )
-    return Report(tuple(rows), total)
+    return Report(tuple(rows), total, strays(state))
 
 
 def _row(path: str, leaf: Any, dense: Any, error: float | None) -> Row:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxcomp import _check
 from jaxcomp.node import densify, flatten
-from jaxcomp.tree import Where, is_matrix, select
+from jaxcomp.tree import Where, is_matrix, select, strays
 
 
 def _selected(tree: Any, where: Where) -> list[tuple[str, np.ndarray]]:
@@ -30,7 +30,9 @@ def _selected(tree: Any, where: Where) -> list[tuple[str, np.ndarray]]:
     ]
 
 
-def assert_sparsity(tree: Any, sparsity: float, *, where: Where = is_matrix) -> None:
+def assert_sparsity(
+    tree: Any, sparsity: float, *, where: Where = is_matrix, state: Any = None
+) -> None:
     """Asserts that the selected leaves together have the asked fraction of zeros.
 
     Args:
@@ -38,6 +40,7 @@ def assert_sparsity(tree: Any, sparsity: float, *, where: Where = is_matrix) -> 
       sparsity: fraction of exact zeros, in [0, 1]; the count must be ``sparsity`` times
         the number of weights, rounded either way for each leaf.
       where: (path, leaf) -> bool.
+      state: of the optimizer, if its links must not have found strays, see `strays`.
 
     >>> assert_sparsity(np.array([0.0, 1.0, 0.0, 2.0]), 0.5)
     """
@@ -49,6 +52,11 @@ def assert_sparsity(tree: Any, sparsity: float, *, where: Where = is_matrix) -> 
         raise AssertionError(
             f"Expected sparsity {sparsity}, found {zeros / max(size, 1):.4f} ({zeros} "
             f"zeros of {size}): {rows}."
+        )
+    if found := strays(state):
+        raise AssertionError(
+            f"Expected zeros to stay zero, but {found} weights were found that moved. "
+            "Chain the pruning link last."
         )
 
 

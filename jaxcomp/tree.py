@@ -224,6 +224,33 @@ def _replaced(fn: Callable[[jax.Array], Any], leaf: Any, value: jax.Array) -> An
     return leaf.encode(fn(value)) if is_compressed(leaf) else fn(value)
 
 
+def strays(state: Any) -> int:
+    """How many weights the links of a chain found non-zero where they had put zeros.
+
+    Not 0 if a pruning link is not the last of its chain, or if somebody else writes to
+    the weights. A weight counts each time that it is found.
+
+    Args:
+      state: of an optimizer, at any depth of which there are states with a ``stray``.
+
+    >>> import jaxcomp as jc
+    >>> params = {"kernel": jnp.array([[0.5, 1.0]])}
+    >>> prune = jc.prune_gradually(optax.constant_schedule(0.5), every=1)
+    >>> tx = optax.chain(prune, optax.sgd(0.1))  # the wrong way round
+    >>> state = tx.init(params)
+    >>> for _ in range(2):
+    ...     updates, state = tx.update({"kernel": jnp.ones((1, 2))}, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> strays(state)
+    1
+    """
+    named = jax.tree.leaves_with_path(state)
+    found = [
+        x for keys, x in named if keys and getattr(keys[-1], "name", "") == "stray"
+    ]
+    return sum(int(np.sum(x)) for x in found)
+
+
 def split(tree: Any) -> tuple[Any, Any]:
     """Parts a tree into what an optimizer may update and what it must not see.
 

@@ -123,6 +123,16 @@ def test_it_prints_one_line_for_each_leaf_and_one_for_the_total(params):
     assert any("f32[30,20]" in line and "2,400" in line for line in lines)
 
 
+def test_it_tells_of_weights_that_moved_from_zero_while_training(params):
+    tree = {"kernel": jnp.array([[0.0, 1.0]])}
+    state = jc.keep_zeros().init(tree)
+    assert "moved" not in str(jc.report(tree, state=state))
+    bad = {"deep": [state._replace(stray=jnp.int32(1234))]}
+    report = jc.report(tree, state=bad)
+    assert report.strays == report.to_dict()["strays"] == 1234
+    assert "1,234 weights were found that moved from zero" in str(report)
+
+
 def test_the_dict_is_plain_and_the_csv_reads_back(params):
     report = jc.report(jc.quantize_tree(params, bits=4))
     as_dict = report.to_dict()

@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxcomp as jc
@@ -17,6 +18,15 @@ def test_sparsity_counts_the_selected_leaves_only():
     testing.assert_sparsity(HALF, 0.5)
     with pytest.raises(AssertionError, match=r"Expected sparsity 0.9, found 0.5000"):
         testing.assert_sparsity(HALF, 0.9)
+
+
+def test_sparsity_tells_of_strays_in_the_state_of_the_optimizer():
+    tx = optax.chain(optax.adam(0.1), jc.keep_zeros())
+    state = tx.init(HALF)
+    testing.assert_sparsity(HALF, 0.5, state=state)
+    bad = (state[0], state[1]._replace(stray=jnp.int32(7)))
+    with pytest.raises(AssertionError, match=r"but 7 weights .* link last"):
+        testing.assert_sparsity(HALF, 0.5, state=bad)
 
 
 def test_sparsity_sees_through_nodes_and_ties():

@@ -11,7 +11,7 @@ from jaxcomp.node import flatten
 from jaxcomp.prune.budgets import Budget, leaf_budget
 from jaxcomp.prune.oneshot import chosen_masks
 from jaxcomp.prune.scores import Score, magnitude
-from jaxcomp.train.zeros import land_on_zero, params_needed
+from jaxcomp.train.zeros import add_strays, land_on_zero, params_needed, when
 from jaxcomp.tree import Where, is_matrix, select
 
 
@@ -21,6 +21,7 @@ class PruneGraduallyState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # int32[], updates seen
     sparsity: jax.Array  # float32[], that the masks were chosen for; -1 at first
     masks: Any  # bool, like params; a leaf that is never pruned has a scalar True
+    stray: jax.Array  # int32[], weights found non-zero where a mask is False
 
 
 def prune_gradually(
@@ -40,18 +41,22 @@ def prune_gradually(
 
     Masks are chosen anew every ``every`` steps while the schedule moves, and on the
     step at which it stops rising, so that the target is hit whatever ``every`` is; then
-    they stay. In the paper the target is hit only if ``every`` divides the window.
+    they stay. In the paper the target is hit only if ``every`` divides the window. The
+    score is of the weights as they come into the step; what has gone is zero, and with
+    `magnitude` it stays away while the schedule rises.
 
     Args:
       sparsity: step -> fraction of entries to zero, in [0, 1).
       every: steps between two choices of mask.
-      score: tree of float[*shape] -> tree of scores, of the weights as the update
-        leaves them; higher is better.
-      budget: how the fraction is shared out: `leaf_budget`, `global_budget`.
+      score: tree of float[*shape] -> tree of scores; higher is better.
+      budget: how the fraction is shared out, and in which pattern: `leaf_budget`,
+        `global_budget`, `erk_budget`, `lamp_budget`, ``nm_budget(2, 4)``.
       where: (path, leaf) -> bool; leaves to prune. Compressed leaves are skipped.
 
     Returns:
-      A transformation whose ``update`` needs ``params``. Counts are exact.
+      A transformation whose ``update`` needs ``params``. Counts are exact. Every
+      ``every`` steps ``state.stray`` counts weights that are not zero where they should
+      be: this link is not the last, or somebody else wrote to them.
 
     Raises:
       ValueError: ``every`` is less than 1, nothing is selected, or ``update`` is called
@@ -66,51 +71,64 @@ def prune_gradually(
     _check.integer_within("prune_gradually", "every", every, 1, 2**31 - 1)
 
     def init(params: Any) -> PruneGraduallyState:
-        masks = jax.tree.map(
-            lambda c, p: jnp.ones(p.shape if c else (), bool),
-            select(params, where),
-            params,
-        )
-        never = jnp.full([], -1.0, jnp.float32)
-        return PruneGraduallyState(jnp.zeros([], jnp.int32), never, masks)
+        none, never = jnp.zeros([], jnp.int32), jnp.full([], -1.0, jnp.float32)
+        return PruneGraduallyState(none, never, all_kept(params, where), jnp.copy(none))
 
     def update(
         updates: Any, state: PruneGraduallyState, params: Any = None
     ) -> tuple[Any, PruneGraduallyState]:
         params_needed("prune_gradually", params)
+        level, due = level_at(sparsity, every, state.count)
 
-        def at(step: jax.Array) -> jax.Array:
-            return jnp.asarray(sparsity(step), jnp.float32)
-
-        level = at(state.count)
-        tops = level > at(jnp.maximum(state.count - 1, 0))
-        tops &= at(state.count + 1) <= level
-        due = (state.count % every == 0) | tops
-        moved = due & (level != state.sparsity)
-
-        def choose() -> Any:
-            paths, masks, treedef = flatten(state.masks)
-            pairs = zip(
-                treedef.flatten_up_to(params),
-                treedef.flatten_up_to(updates),
-                strict=True,
+        def choose(held: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+            masks, stray = held
+            stray = add_strays(stray, masks, params)
+            masks = jax.lax.cond(
+                level != state.sparsity,
+                lambda: masks_of(masks, params, level, score, budget),
+                lambda: masks,
             )
-            landed = {
-                i: (p + u).astype(p.dtype)
-                for i, (p, u) in enumerate(pairs)
-                if masks[i].ndim
-            }
-            found = chosen_masks(paths, landed, level, score, budget)
-            return jax.tree.unflatten(
-                treedef, [found.get(i, mask) for i, mask in enumerate(masks)]
-            )
+            return masks, stray
 
-        masks = jax.lax.cond(moved, choose, lambda: state.masks)
-        state = PruneGraduallyState(
+        masks, stray = when(due, choose, (state.masks, state.stray))
+        return land_on_zero(masks, updates, params), PruneGraduallyState(
             optax.safe_increment(state.count),
-            jnp.where(moved, level, state.sparsity),
+            jnp.where(due, level, state.sparsity),
             masks,
+            stray,
         )
-        return land_on_zero(masks, updates, params), state
 
     return optax.GradientTransformation(init, update)
+
+
+def all_kept(params: Any, where: Where) -> Any:
+    """Masks that are all True, for links that have chosen none so far."""
+    return jax.tree.map(
+        lambda c, p: jnp.ones(p.shape if c else (), bool),
+        select(params, where),
+        params,
+    )
+
+
+def level_at(
+    sparsity: optax.Schedule, every: int, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sparsity of a step, float32[], and whether masks are chosen in it."""
+
+    def at(step: jax.Array) -> jax.Array:
+        return jnp.asarray(sparsity(step), jnp.float32)
+
+    level = at(count)
+    tops = (level > at(jnp.maximum(count - 1, 0))) & (at(count + 1) <= level)
+    return level, (count % every == 0) | tops
+
+
+def masks_of(
+    masks: Any, tree: Any, level: jax.Array, score: Score, budget: Budget
+) -> Any:
+    """New masks in place of ``masks``, by the score of ``tree``."""
+    paths, old, treedef = flatten(masks)
+    pairs = enumerate(treedef.flatten_up_to(tree))
+    values = {i: x for i, x in pairs if old[i].ndim}
+    found = chosen_masks(paths, values, level, score, budget)
+    return jax.tree.unflatten(treedef, [found.get(i, m) for i, m in enumerate(old)])

@@ -19,7 +19,7 @@ from jaxcomp.prune.budgets import Budget, leaf_budget
 from jaxcomp.prune.oneshot import chosen_masks
 from jaxcomp.prune.scores import Score, random_scores
 from jaxcomp.prune.top import top_masks
-from jaxcomp.train.zeros import land_on_zero, params_needed
+from jaxcomp.train.zeros import add_strays, land_on_zero, params_needed, when, zeroed
 from jaxcomp.tree import Where, is_matrix, select
 
 
@@ -34,7 +34,7 @@ class RegrowState(NamedTuple):
 
 
 # The key of the state and gradients in, the next key and what is worth growing out.
-_Grow = Callable[[Any, dict[int, jax.Array]], tuple[Any, dict[int, jax.Array]]]
+_Grow = Callable[[Any, list[jax.Array]], tuple[Any, list[jax.Array]]]
 
 
 def rigl(
@@ -52,17 +52,17 @@ def rigl(
     Evci et al., "Rigging the Lottery: Making All Tickets Winners", arXiv:1911.11134,
     with ``fraction=optax.cosine_decay_schedule(0.3, stop)``, where ``stop`` is three
     quarters of the steps, and ``score=random_scores(key)``. There a choice of masks
-    takes the place of a step of the optimizer; here the weights that stay take the step
-    as well, and leaves that are not pruned train as ever. As there, a weight that was
-    just dropped may grow again; then it never left and keeps its value and its moments.
+    takes the place of a step of the optimizer; here the step is taken after it, with
+    the new masks. As there, a weight that was just dropped may grow again; then it
+    never left and keeps its value and its moments.
 
     The gradient must be that of all weights, taken where the removed ones are zero. So
     it is: the update is rewritten so that `optax.apply_updates` lands on exactly zero.
     The first gradient is too if it is taken at ``apply_masks(params, state.masks)``.
 
-    Weights that grow start at 0. Wherever a weight was dropped or has grown, the state
-    of ``inner`` is reset to what ``inner.init`` gives; `left_alone` lists the parts of
-    it for which that cannot be done. Nothing may change the updates after this link.
+    Weights that grow start at 0. Wherever a weight is dropped or grows, the state of
+    ``inner`` is first reset to what ``inner.init`` gives; `left_alone` lists the parts
+    of it for which that cannot be done. Nothing may change the updates after this link.
 
     Args:
       inner: the optimizer. It sees gradients that are zero where weights are removed.
@@ -76,9 +76,9 @@ def rigl(
       where: (path, leaf) -> bool; leaves to prune. Compressed leaves are skipped.
 
     Returns:
-      A transformation whose ``update`` needs ``params``. ``state.stray`` counts what
-      should not be: weights that are not zero where they were removed, found at the
-      second update or later. Somebody else wrote to them.
+      A transformation whose ``update`` needs ``params``. Every ``every`` steps
+      ``state.stray`` counts weights that are not zero where they should be: this link
+      is not the last, or somebody else wrote to them.
 
     Raises:
       TypeError: ``fraction`` is not a function.
@@ -93,10 +93,8 @@ def rigl(
     8
     """
 
-    def by_gradient(
-        key: Any, grads: dict[int, jax.Array]
-    ) -> tuple[Any, dict[int, jax.Array]]:
-        return key, {i: jnp.abs(grad) for i, grad in grads.items()}
+    def by_gradient(key: Any, grads: list[jax.Array]) -> tuple[Any, list[jax.Array]]:
+        return key, list(map(jnp.abs, grads))
 
     start = partial(_start, sparsity=sparsity, score=score, budget=budget, where=where)
     return _regrow("rigl", inner, start, (), by_gradient, fraction, every)
@@ -148,9 +146,7 @@ def regrow_randomly(
     """
     impl = jax.random.key_impl(key)
 
-    def at_random(
-        key: Any, grads: dict[int, jax.Array]
-    ) -> tuple[Any, dict[int, jax.Array]]:
+    def at_random(key: Any, grads: list[jax.Array]) -> tuple[Any, list[jax.Array]]:
         key, now = jax.random.split(jax.random.wrap_key_data(key, impl=impl))
         return jax.random.key_data(key), random_scores(now)(grads)
 
@@ -228,7 +224,7 @@ def _regrow(
             masks,
             jnp.zeros([], jnp.int32),
             jax.tree.map(jnp.copy, key),  # the caller may donate the state
-            inner.init(_zeroed(masks, params)),
+            inner.init(zeroed(masks, params)),
         )
 
     def update(
@@ -236,72 +232,62 @@ def _regrow(
     ) -> tuple[Any, RegrowState]:
         params_needed(caller, params)
         share = jnp.asarray(fraction(state.count), jnp.float32)
+
+        def choose(held: tuple[Any, ...]) -> tuple[Any, ...]:
+            old, stray, *others = held
+            stray = add_strays(stray, old, params)
+
+            def exchange() -> tuple[Any, ...]:
+                _, masks, treedef = flatten(old)
+                at = [i for i, mask in enumerate(masks) if mask.ndim]
+                weights, grads = map(treedef.flatten_up_to, (params, updates))
+                key, worth = grow(others[0], [grads[i] for i in at])
+                kept = [masks[i] for i in at]
+                rows = _exchanged(kept, [weights[i] for i in at], worth, share)
+                for i, mask in zip(at, rows, strict=True):
+                    masks[i] = mask
+                new = jax.tree.unflatten(treedef, masks)
+                changed = jax.tree.map(jnp.logical_xor, old, new)
+                fresh = inner.init(zeroed(new, params))
+                return new, stray, key, _reset(changed, others[1], fresh)
+
+            return jax.lax.cond(share > 0, exchange, lambda: (old, stray, *others))
+
         # At step 0 the weights may be dense still, and their gradient with them.
-        due = (state.count % every == 0) & (state.count > 0) & (share > 0)
-        moves, inner_state = inner.update(
-            _zeroed(state.masks, updates),
-            state.inner_state,
-            _zeroed(state.masks, params),
-            **extra_args,
+        masks, stray, key, inner_state = when(
+            (state.count % every == 0) & (state.count > 0),
+            choose,
+            (state.masks, state.stray, state.key, state.inner_state),
         )
-
-        def choose() -> tuple[Any, Any]:
-            _, masks, treedef = flatten(state.masks)
-            grads = treedef.flatten_up_to(updates)
-            weights = treedef.flatten_up_to(params)
-            at = [i for i, mask in enumerate(masks) if mask.ndim]
-            key, worth = grow(state.key, {i: grads[i] for i in at})
-            for i in at:
-                masks[i] = _exchanged(masks[i], weights[i], worth[i], share)
-            return jax.tree.unflatten(treedef, masks), key
-
-        # A branch that took `moves` in would keep XLA from fusing the optimizer's step.
-        masks, key = jax.lax.cond(due, choose, lambda: (state.masks, state.key))
-        stay = jax.tree.map(jnp.logical_and, state.masks, masks)
-        fresh = inner.init(_zeroed(stay, params))
-        changed = jax.tree.map(jnp.logical_xor, state.masks, masks)
-        stray = jnp.where(state.count > 0, _strays(state.masks, params), 0)
-        stray = jnp.minimum(stray, jnp.iinfo(jnp.int32).max - state.stray)
-        return land_on_zero(stay, moves, params), RegrowState(
-            optax.safe_increment(state.count),
-            masks,
-            state.stray + stray,
-            key,
-            _reset(changed, inner_state, fresh),
+        grads = zeroed(masks, updates)
+        moves, inner_state = inner.update(grads, inner_state, params, **extra_args)
+        return land_on_zero(masks, moves, params), RegrowState(
+            optax.safe_increment(state.count), masks, stray, key, inner_state
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _exchanged(
-    mask: jax.Array, weight: jax.Array, worth: jax.Array, share: jax.Array
-) -> jax.Array:
-    """A mask of as many True, of which ``share`` are the most worth growing."""
-    active = jnp.sum(mask, dtype=jnp.int32)
+    masks: list[jax.Array],
+    weights: list[jax.Array],
+    worth: list[jax.Array],
+    share: jax.Array,
+) -> list[jax.Array]:
+    """Masks of as many True, of which ``share`` are the most worth growing."""
+    if not masks:
+        return []
+    size = jnp.array([mask.size for mask in masks], jnp.int32)
+    active = jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in masks])
     some = jnp.round(share * active.astype(jnp.float32)).astype(jnp.int32)
     some = jnp.clip(some, 0, active)
     # Neither magnitudes nor worths are negative, so -1 is out of the race.
-    size = jnp.where(mask, jnp.abs(weight), -1)
-    kept = top_masks([size], mask.size - active + some)[0]
-    grown = top_masks([jnp.where(kept, -1, worth)], mask.size - some)[0]
-    return kept | grown
-
-
-def _zeroed(masks: Any, tree: Any) -> Any:
-    return jax.tree.map(
-        lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)) if m.ndim else x,
-        masks,
-        tree,
-    )
-
-
-def _strays(masks: Any, params: Any) -> jax.Array:
-    counts = jax.tree.map(
-        lambda m, p: jnp.sum(~m & (p != 0), dtype=jnp.int32) if m.ndim else 0,
-        masks,
-        params,
-    )
-    return sum(jax.tree.leaves(counts), start=jnp.zeros([], jnp.int32))
+    pairs = zip(masks, weights, strict=True)
+    left = [jnp.where(mask, jnp.abs(weight), -1) for mask, weight in pairs]
+    kept = top_masks(left, size - active + some)
+    rivals = zip(kept, worth, strict=True)
+    grown = top_masks([jnp.where(k, -1, w) for k, w in rivals], size - some)
+    return list(map(jnp.logical_or, kept, grown))
 
 
 def _owners(masks: Any, inner_state: Any) -> list[int | None]:

@@ -61,8 +61,8 @@ def test_three_steps_by_hand():
         kernels[:, 0],
         [
             [2.9, 0.3, -0.4, 1.0],  # nothing is due
-            [2.8, 0.4, 0.0, 1.0],  # of 2.8, 0.4, -0.3, 1 the third goes
-            [2.7, 0.0, 0.0, 1.0],  # of 2.7, 0.5, 0.1, 1 the second goes as well
+            [2.8, 0.0, -0.3, 1.0],  # of 2.9, 0.3, -0.4, 1 the second goes
+            [2.7, 0.0, 0.0, 1.0],  # of 2.8, 0, -0.3, 1 the third goes as well
             [2.6, 0.0, 0.0, 1.0],  # nothing changes any more
         ],
         atol=1e-6,
@@ -96,7 +96,7 @@ def test_the_masks_are_those_of_a_plain_loop():
         tops = t > 0 and schedule(t - 1) < level and schedule(t + 1) <= level
         landed = w - np.float32(0.125) * grads[t]
         if (t % every == 0 or tops) and level != last:
-            masks, last = numpy_mask(landed, level), level
+            masks, last = numpy_mask(w, level), level
         w = np.where(masks, landed, 0)
         np.testing.assert_array_equal(states[1].masks["kernel"][t], masks)
         np.testing.assert_allclose(params["kernel"][t], w, atol=1e-6)
@@ -191,15 +191,34 @@ def test_a_global_budget_hits_the_count_of_all_leaves_together():
     assert np.all(small[4:] > big[4:])  # the small weights go first
 
 
-def test_weights_are_judged_by_where_the_update_leaves_them():
+def test_weights_are_judged_as_they_come_into_the_step():
     params = {"kernel": jnp.array([[5.0, 1.0]])}
     tx = jc.prune_gradually(optax.constant_schedule(0.5))
     updates, _ = tx.update(
         {"kernel": jnp.array([[-4.5, 0.0]])}, tx.init(params), params
     )
     np.testing.assert_array_equal(
-        optax.apply_updates(params, updates)["kernel"], [[0.0, 1.0]]
+        optax.apply_updates(params, updates)["kernel"], [[0.5, 0.0]]
     )
+
+
+def test_what_has_gone_stays_away_while_the_schedule_rises():
+    tx = optax.chain(optax.adam(0.3), jc.prune_gradually(LINEAR, every=1))
+    grads = {"kernel": normal((20, 5, 6), seed=1)}
+    _, states = run(tx, {"kernel": jnp.asarray(normal((5, 6)))}, grads)
+    masks = np.asarray(states[1].masks["kernel"])
+    assert np.all(masks[1:] <= masks[:-1])
+
+
+def test_a_link_that_is_not_the_last_is_counted():
+    params = {"kernel": jnp.asarray(normal((4, 6)))}
+    grads = {"kernel": normal((8, 4, 6), seed=1)}
+    link = jc.prune_gradually(optax.constant_schedule(0.5), every=3)
+    _, states = run(optax.chain(link, optax.sgd(0.1)), params, grads)
+    # Twelve weights that should be zero and are not, at the steps 3 and 6.
+    assert states[0].stray.tolist() == [0, 0, 0, 12, 12, 12, 24, 24]
+    _, states = run(optax.chain(optax.sgd(0.1), link), params, grads)
+    assert not states[1].stray.any()
 
 
 def test_masked_weights_never_move_and_the_others_move_as_without_masks():

@@ -30,6 +30,24 @@ def test_one_step_by_hand():
     assert state[1].masks["bias"].shape == ()
 
 
+def test_a_link_that_is_not_the_last_is_counted():
+    params = {"kernel": jnp.array([[0.0, 1.0], [2.0, 0.0]])}
+    tx = optax.chain(jc.keep_zeros(), optax.scale(1.0))
+    grads = {"kernel": jnp.ones((2, 2))}
+    step = jax.jit(tx.update)
+
+    def strays(steps, final):
+        state, seen = tx.init(params), []
+        for i in range(steps):
+            _, state = step(grads, state, params if i == 0 else final)
+            seen.append(int(state[0].stray))
+        return seen
+
+    moved = {"kernel": jnp.array([[0.5, 1.0], [2.0, -0.5]])}
+    assert strays(102, moved) == [0] + 100 * [2] + [4]
+    assert strays(102, params) == 102 * [0]
+
+
 @given(
     hnp.arrays(np.float32, (3, 4), elements=st.just(0.0) | FLOATS),
     hnp.arrays(np.float32, (3, 4), elements=FLOATS),
