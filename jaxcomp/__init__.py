@@ -18,8 +18,10 @@ from jaxcomp.prune import top_mask as top_mask
 from jaxcomp.quant import QTensor as QTensor
 from jaxcomp.quant import quantize as quantize
 from jaxcomp.quant import quantize_affine as quantize_affine
+from jaxcomp.quant import quantize_binary as quantize_binary
 from jaxcomp.quant import quantize_searched as quantize_searched
 from jaxcomp.quant import quantize_step as quantize_step
+from jaxcomp.quant import quantize_ternary as quantize_ternary
 from jaxcomp.quant import quantize_tree as quantize_tree
 from jaxcomp.report import Report as Report
 from jaxcomp.report import report as report
@@ -31,16 +33,42 @@ from jaxcomp.share import share_tree as share_tree
 from jaxcomp.share import tie_layers as tie_layers
 from jaxcomp.storage import load as load
 from jaxcomp.storage import save as save
+from jaxcomp.train import codebook_pull as codebook_pull
 from jaxcomp.train import decay_learning_rate as decay_learning_rate
 from jaxcomp.train import fake_quantize as fake_quantize
+from jaxcomp.train import fake_quantize_range as fake_quantize_range
+from jaxcomp.train import fake_share as fake_share
+from jaxcomp.train import fold_norm as fold_norm
+from jaxcomp.train import fold_norms as fold_norms
+from jaxcomp.train import freeze_after as freeze_after
+from jaxcomp.train import freeze_norms as freeze_norms
+from jaxcomp.train import group_penalty as group_penalty
+from jaxcomp.train import harden as harden
+from jaxcomp.train import is_norm_scale as is_norm_scale
 from jaxcomp.train import keep_zeros as keep_zeros
+from jaxcomp.train import l1_penalty as l1_penalty
 from jaxcomp.train import learned_clip as learned_clip
 from jaxcomp.train import learned_step as learned_step
 from jaxcomp.train import left_alone as left_alone
+from jaxcomp.train import moving_range as moving_range
+from jaxcomp.train import percentile_range as percentile_range
+from jaxcomp.train import project as project
+from jaxcomp.train import prune_by_movement as prune_by_movement
+from jaxcomp.train import prune_by_saliency as prune_by_saliency
+from jaxcomp.train import prune_by_soft_movement as prune_by_soft_movement
 from jaxcomp.train import prune_gradually as prune_gradually
+from jaxcomp.train import prune_straight_through as prune_straight_through
+from jaxcomp.train import reestimate_norms as reestimate_norms
 from jaxcomp.train import regrow_randomly as regrow_randomly
 from jaxcomp.train import restart_decay as restart_decay
+from jaxcomp.train import rewind_learning_rate as rewind_learning_rate
+from jaxcomp.train import rewind_weights as rewind_weights
 from jaxcomp.train import rigl as rigl
+from jaxcomp.train import round_stochastically as round_stochastically
+from jaxcomp.train import round_to_step_stochastically as round_to_step_stochastically
+from jaxcomp.train import shrink_coupled as shrink_coupled
+from jaxcomp.train import shrink_groups as shrink_groups
+from jaxcomp.train import shrink_l1 as shrink_l1
 from jaxcomp.tree import Where as Where
 from jaxcomp.tree import is_matrix as is_matrix
 from jaxcomp.tree import join as join
@@ -49,6 +77,7 @@ from jaxcomp.tree import map_where as map_where
 from jaxcomp.tree import path_matches as path_matches
 from jaxcomp.tree import select as select
 from jaxcomp.tree import split as split
+from jaxcomp.tree import strays as strays
 
 
 __version__ = "0.1.0"

@@ -1,9 +1,15 @@
 """Pruning: arrays to scores, scores to masks, masks to zeros."""
 
+from jaxcomp.prune.at_init import given as given
+from jaxcomp.prune.at_init import grasp as grasp
+from jaxcomp.prune.at_init import masks_in_rounds as masks_in_rounds
+from jaxcomp.prune.at_init import saliency as saliency
+from jaxcomp.prune.at_init import synflow as synflow
 from jaxcomp.prune.budgets import Budget as Budget
 from jaxcomp.prune.budgets import erk_budget as erk_budget
 from jaxcomp.prune.budgets import global_budget as global_budget
 from jaxcomp.prune.budgets import leaf_budget as leaf_budget
+from jaxcomp.prune.lamp import lamp_budget as lamp_budget
 from jaxcomp.prune.oneshot import apply_masks as apply_masks
 from jaxcomp.prune.oneshot import clip_tree as clip_tree
 from jaxcomp.prune.oneshot import masks as masks

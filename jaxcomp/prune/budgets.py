@@ -78,11 +78,6 @@ def global_budget(
     >>> global_budget({"a": jnp.arange(4.0), "b": jnp.full(2, 9.0)}, 0.5)["a"]
     Array([False, False, False,  True], dtype=bool)
     """
-    if isinstance(sparsity, Mapping):
-        raise ValueError(
-            "global_budget needs one sparsity for all leaves, got one for each path. "
-            "Use budget=leaf_budget."
-        )
     check_sparsity("global_budget", sparsity)
     total = sum(score.size for score in scores.values())
     found = top_masks(list(scores.values()), zeros_of(sparsity, total))
@@ -116,11 +111,6 @@ def erk_budget(
     >>> [int(mask.sum()) for mask in masks.values()]  # 1 : 4 of the 17 that stay
     [3, 14]
     """
-    if isinstance(sparsity, Mapping):
-        raise ValueError(
-            "erk_budget needs one sparsity for all leaves, got one for each path. "
-            "Use budget=leaf_budget."
-        )
     check_sparsity("erk_budget", sparsity)
     if not scores:
         return {}

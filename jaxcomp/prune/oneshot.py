@@ -62,14 +62,18 @@ def chosen_masks(
     budget: Budget,
 ) -> dict[int, jax.Array]:
     """bool[*shape] for some leaves of a tree, by their position in it."""
-    seen = Counter(paths)  # {"a/b": x} and {"a": {"b": x}} read alike
-    names = {
-        i: paths[i] if seen[paths[i]] == 1 else f"{paths[i]} ({i})" for i in weights
-    }
+    names = dict(enumerate(unique_names(paths)))
+    names = {i: names[i] for i in weights}
     scores = score({names[i]: weight for i, weight in weights.items()})
     # JAX gives a dict back sorted by key, where layer/10 comes before layer/2.
     found = budget({name: scores[name] for name in names.values()}, sparsity)
     return {i: found[name] for i, name in names.items()}
+
+
+def unique_names(paths: list[str]) -> list[str]:
+    """Paths that are one leaf's only: {"a/b": x} and {"a": {"b": x}} read alike."""
+    seen = Counter(paths)
+    return [p if seen[p] == 1 else f"{p} ({i})" for i, p in enumerate(paths)]
 
 
 def apply_masks(params: Any, masks: Any) -> Any:

@@ -104,11 +104,6 @@ def nm_budget(n: int, m: int, *, along: int = -2) -> Budget:
     _check_nm("nm_budget", n, m)
 
     def budget(scores: Mapping[str, jax.Array], sparsity: Any) -> dict[str, jax.Array]:
-        if isinstance(sparsity, Mapping):
-            raise ValueError(
-                "nm_budget needs one sparsity for all leaves, got one for each path. "
-                "Leave leaves out with `where`."
-            )
         check_sparsity("nm_budget", sparsity)
         known = _check.known(sparsity)
         # 1 - n / m may have been rounded up, in float32 too.

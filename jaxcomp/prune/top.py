@@ -5,7 +5,7 @@ of the scores take a quarter of one and give the same answer. Ties go by positio
 that a count is exact whatever the values are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -182,7 +182,12 @@ def top_mask(scores: jax.Array, sparsity: Any) -> jax.Array:
 
 
 def check_sparsity(caller: str, sparsity: Any) -> None:
-    """Raises unless a sparsity that is not traced lies in [0, 1)."""
+    """Raises unless a sparsity is one number and, if it is not traced, in [0, 1)."""
+    if isinstance(sparsity, Mapping):
+        raise ValueError(
+            f"{caller} needs one sparsity for all leaves, got one for each path. Use "
+            "budget=leaf_budget, or leave leaves out with `where`."
+        )
     known = _check.number(caller, "sparsity", sparsity)
     if known is not None and not 0 <= known < 1:
         raise ValueError(

@@ -1,5 +1,7 @@
 """Quantization: arrays to integer codes on a grid."""
 
+from jaxcomp.quant.coarse import quantize_binary as quantize_binary
+from jaxcomp.quant.coarse import quantize_ternary as quantize_ternary
 from jaxcomp.quant.grid import QTensor as QTensor
 from jaxcomp.quant.grid import quantize as quantize
 from jaxcomp.quant.grid import quantize_affine as quantize_affine

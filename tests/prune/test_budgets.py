@@ -124,7 +124,7 @@ def test_no_leaves_have_no_masks():
 def test_global_budget_refuses_a_sparsity_for_each_path():
     text = (
         "global_budget needs one sparsity for all leaves, got one for each path. "
-        "Use budget=leaf_budget."
+        "Use budget=leaf_budget"
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         global_budget(scores_of(np.zeros(SIZE)), {"a": 0.5})
@@ -222,7 +222,7 @@ def test_each_leaf_of_an_erk_budget_loses_its_lowest_scores():
 def test_erk_budget_refuses_a_sparsity_for_each_path():
     text = (
         "erk_budget needs one sparsity for all leaves, got one for each path. "
-        "Use budget=leaf_budget."
+        "Use budget=leaf_budget"
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         erk_budget(scores_of(np.zeros(SIZE)), {"a": 0.5})

@@ -1,0 +1,224 @@
+"""How accurate sparse nets are by the way they became sparse, on Fashion-MNIST.
+
+    python benchmarks/sparse_training.py train OUT SEED  # half an hour on one core
+    python benchmarks/sparse_training.py table OUT
+
+LeNet-300-100, eight epochs each, the same batches for all ways of a seed. Nothing was
+tuned: the settings are those of the papers, the learning rate is that of the lottery
+tickets (1.2e-3) with a cosine. Every net is stored, loaded back and evaluated, and its
+sparsity is asserted. A lottery ticket trains for eight epochs in each of its rounds.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import typer
+
+import jaxcomp as jc
+from jaxcomp import demo
+from jaxcomp.prune import erk_budget, global_budget, lamp_budget, leaf_budget
+from jaxcomp.train import (
+    prune_by_movement,
+    prune_by_saliency,
+    prune_straight_through,
+    rewind_weights,
+)
+
+
+BATCH, EPOCHS = 128, 8
+STEPS = 60000 // BATCH * EPOCHS
+TARGETS = (0.8, 0.9, 0.95, 0.98)
+TWELVE = 1 - 1 / 12  # Han et al., arXiv:1506.02626
+ROUNDS = [1 - 0.8**r for r in range(1, 10)]  # the ninth keeps 13.4%
+ROUNDS = [*ROUNDS[:6], 0.8, 0.835, ROUNDS[8], 0.9, 0.925, 0.95, 0.965, 0.98]
+
+app = typer.Typer(pretty_exceptions_enable=False)
+adam = optax.adam(optax.cosine_decay_schedule(1.2e-3, STEPS))
+
+
+def ramp(target: Any) -> optax.Schedule:
+    return optax.polynomial_schedule(0.0, target, 3, STEPS * 6 // 10, STEPS // 10)
+
+
+def gradual(target: Any, key: Any, budget: Any = leaf_budget, **more: Any) -> Any:
+    return optax.chain(adam, jc.prune_gradually(ramp(target), budget=budget, **more))
+
+
+def sparse(regrow: Callable[..., Any], target: Any, key: Any) -> Any:
+    fraction = optax.cosine_decay_schedule(0.3, STEPS * 3 // 4)
+    score = jc.random_scores(key)
+    return regrow(adam, target, fraction=fraction, score=score, budget=erk_budget)
+
+
+def random_masks(params: Any, target: Any, key: Any) -> Any:
+    return jc.prune.masks(
+        params, target, score=jc.random_scores(key), budget=erk_budget
+    )
+
+
+def dense_start(params: Any, target: Any, key: Any) -> Any:
+    return params
+
+
+def sparse_start(params: Any, target: Any, key: Any) -> Any:
+    return jc.apply_masks(params, random_masks(params, target, key))
+
+
+WAYS: dict[str, tuple[Callable[[Any, Any], Any], Callable[..., Any]]] = {
+    "static": (lambda t, k: optax.chain(adam, jc.keep_zeros()), sparse_start),
+    "SET": (
+        lambda t, k: sparse(
+            partial(jc.regrow_randomly, jax.random.fold_in(k, 1)), t, k
+        ),
+        sparse_start,
+    ),
+    "RigL": (lambda t, k: sparse(jc.rigl, t, k), sparse_start),
+    "gradual, random": (
+        lambda t, k: gradual(t, k, score=jc.random_scores(k)),
+        dense_start,
+    ),
+    "gradual, per leaf": (gradual, dense_start),
+    "gradual, ERK": (partial(gradual, budget=erk_budget), dense_start),
+    "gradual, LAMP": (partial(gradual, budget=lamp_budget), dense_start),
+    "gradual, global": (partial(gradual, budget=global_budget), dense_start),
+    "saliency": (
+        lambda t, k: prune_by_saliency(adam, ramp(t), budget=global_budget),
+        dense_start,
+    ),
+    "movement": (
+        lambda t, k: prune_by_movement(adam, ramp(t), every=10),
+        dense_start,
+    ),
+    "magnitude-STE": (
+        lambda t, k: prune_straight_through(adam, ramp(t), every=10),
+        dense_start,
+    ),
+}
+
+
+def trainer(make: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+    """(init, epoch), compiled once for all targets, seeds and epochs of a way."""
+
+    @jax.jit
+    def init(params: Any, target: Any, key: Any) -> Any:
+        return make(target, key).init(params)
+
+    @jax.jit
+    def epoch(carry: Any, x: Any, y: Any, rows: Any, target: Any, key: Any) -> Any:
+        tx = make(target, key)
+
+        def step(carry: Any, rows: Any) -> tuple[Any, None]:
+            def loss(params: Any) -> jax.Array:
+                z = demo.logits(params, x[rows])
+                losses = optax.softmax_cross_entropy_with_integer_labels(z, y[rows])
+                return losses.mean()
+
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, carry, rows)[0]
+
+    return init, epoch
+
+
+def batches(key: jax.Array, size: int) -> list[jax.Array]:
+    """int32[steps, batch] of every epoch."""
+    each = size // BATCH
+    orders = [jax.random.permutation(k, size) for k in jax.random.split(key, EPOCHS)]
+    return [order[: each * BATCH].reshape(each, BATCH) for order in orders]
+
+
+def measured(params: Any, sparsity: float, state: Any, file: Path, data: Any) -> float:
+    """Accuracy on the test images, in percent, of the file."""
+    kernels = [x for x in jax.tree.leaves(params) if x.ndim > 1]
+    zeros = sum(int(jnp.sum(x == 0)) for x in kernels) / sum(x.size for x in kernels)
+    # What grew at a pixel that is always black has no gradient and is still 0.
+    assert sparsity - 1e-5 < zeros < sparsity + 2e-3, (sparsity, zeros)
+    assert jc.strays(state) == 0
+    jc.save(file, params)
+    return 100 * float(demo.accuracy(jc.load(file), data.test_x, data.test_y))
+
+
+@app.command()
+def train(out: Path, seed: int) -> None:
+    """Trains all nets of a seed and writes their accuracies to OUT."""
+    out.mkdir(parents=True, exist_ok=True)
+    data = demo.load_fashion(demo.FASHION)
+    keys = jax.random.split(jax.random.key(seed), 4)
+    key_init, key_batches, key_way, key_again = keys
+    rows = batches(key_batches, len(data.x))
+    params = demo.LeNet().init(key_init, data.x[:1])["params"]
+    file = out / f"{seed}.jxc"
+    found: dict[str, float] = {}
+
+    def note(name: str, target: float, value: float) -> None:
+        found[f"{name} {target:.4f}"] = value
+        print(f"seed {seed} {name} {target:.4f}: {value:.2f}", flush=True)
+        (out / f"{seed}.json").write_text(json.dumps(found, indent=1))
+
+    def fit(way: tuple[Any, Any], carry: Any, *args: Any) -> Any:
+        for chunk in rows:
+            carry = way[1](carry, data.x, data.y, chunk, *args)
+        return carry
+
+    plain = trainer(lambda t, k: adam)
+    net, _ = fit(plain, (params, plain[0](params, 0.0, key_way)), 0.0, key_way)
+    note("dense", 0, measured(net, 0.0, None, file, data))
+    for name, (make, start) in WAYS.items():
+        way = trainer(make)
+        extra = (TWELVE,) if name == "gradual, global" else ()
+        for target in (*TARGETS, *extra):
+            args = jnp.float32(target), key_way
+            begun = start(params, target, key_way)
+            net, state = fit(way, (begun, way[0](begun, *args)), *args)
+            note(name, target, measured(net, target, state, file, data))
+
+    levels = jnp.array([0.0, *ROUNDS], jnp.float32)
+    way = trainer(lambda t, k: rewind_weights(adam, lambda r: levels[r], every=STEPS))
+    args = jnp.float32(0), key_way
+    carry = fit(way, (params, way[0](params, *args)), *args)
+    for level in ROUNDS:
+        carry = way[1](carry, data.x, data.y, rows[0][:2], *args)  # the two that turn
+        carry = fit(way, carry, *args)
+        note("ticket", level, measured(carry[0], level, carry[1], file, data))
+        if level == ROUNDS[8]:
+            other = demo.LeNet().init(key_again, data.x[:1])["params"]
+            other = jc.apply_masks(other, carry[1].masks)
+            held = trainer(lambda t, k: optax.chain(adam, jc.keep_zeros()))
+            net, state = fit(held, (other, held[0](other, *args)), *args)
+            note("re-initialised", level, measured(net, level, state, file, data))
+
+
+@app.command()
+def table(out: Path) -> None:
+    """Prints the mean over the seeds in OUT and the standard deviation."""
+    runs = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
+    found = {key: [run[key] for run in runs] for key in runs[0]}
+
+    def cell(name: str, target: float) -> str:
+        values = found.get(f"{name} {target:.4f}")
+        if values is None:
+            return ""
+        return f"{np.mean(values):.2f} ({np.std(values, ddof=1):.2f})"
+
+    print(f"{len(runs)} seeds; dense {cell('dense', 0)}\n")
+    print("| | " + " | ".join(f"{t:.0%}" for t in TARGETS) + " |")
+    print("| :-- |" + " --: |" * len(TARGETS))
+    for name in (*WAYS, "ticket"):
+        print(f"| {name} | " + " | ".join(cell(name, t) for t in TARGETS) + " |")
+    print(f"\ngradual, global at 12x: {cell('gradual, global', TWELVE)}")
+    kept = ROUNDS[8]
+    print(f"ticket that keeps {1 - kept:.1%}: {cell('ticket', kept)}")
+    print(f"its mask, re-initialised: {cell('re-initialised', kept)}")
+
+
+if __name__ == "__main__":
+    app()
