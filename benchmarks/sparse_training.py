@@ -24,43 +24,22 @@ import typer
 import jaxcomp as jc
 from jaxcomp import demo
 from jaxcomp.prune import erk_budget, global_budget, lamp_budget, leaf_budget
-from jaxcomp.train import (
-    prune_by_movement,
-    prune_by_saliency,
-    prune_straight_through,
-    rewind_weights,
-)
 
 
 BATCH, EPOCHS = 128, 8
-STEPS = 60000 // BATCH * EPOCHS
 TARGETS = (0.8, 0.9, 0.95, 0.98)
 TWELVE = 1 - 1 / 12  # Han et al., arXiv:1506.02626
 ROUNDS = [1 - 0.8**r for r in range(1, 10)]  # the ninth keeps 13.4%
 ROUNDS = [*ROUNDS[:6], 0.8, 0.835, ROUNDS[8], 0.9, 0.925, 0.95, 0.965, 0.98]
 
+# (target, key) -> a transformation; (params, target, key) -> the weights at the start
+Way = tuple[Callable[[Any, Any], Any], Callable[..., Any]]
+
 app = typer.Typer(pretty_exceptions_enable=False)
-adam = optax.adam(optax.cosine_decay_schedule(1.2e-3, STEPS))
 
 
-def ramp(target: Any) -> optax.Schedule:
-    return optax.polynomial_schedule(0.0, target, 3, STEPS * 6 // 10, STEPS // 10)
-
-
-def gradual(target: Any, key: Any, budget: Any = leaf_budget, **more: Any) -> Any:
-    return optax.chain(adam, jc.prune_gradually(ramp(target), budget=budget, **more))
-
-
-def sparse(regrow: Callable[..., Any], target: Any, key: Any) -> Any:
-    fraction = optax.cosine_decay_schedule(0.3, STEPS * 3 // 4)
-    score = jc.random_scores(key)
-    return regrow(adam, target, fraction=fraction, score=score, budget=erk_budget)
-
-
-def random_masks(params: Any, target: Any, key: Any) -> Any:
-    return jc.prune.masks(
-        params, target, score=jc.random_scores(key), budget=erk_budget
-    )
+def decayed_adam(steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(1.2e-3, steps))
 
 
 def dense_start(params: Any, target: Any, key: Any) -> Any:
@@ -68,39 +47,56 @@ def dense_start(params: Any, target: Any, key: Any) -> Any:
 
 
 def sparse_start(params: Any, target: Any, key: Any) -> Any:
-    return jc.apply_masks(params, random_masks(params, target, key))
+    score = jc.random_scores(key)
+    masks = jc.prune.masks(params, target, score=score, budget=erk_budget)
+    return jc.apply_masks(params, masks)
 
 
-WAYS: dict[str, tuple[Callable[[Any, Any], Any], Callable[..., Any]]] = {
-    "static": (lambda t, k: optax.chain(adam, jc.keep_zeros()), sparse_start),
-    "SET": (
-        lambda t, k: sparse(
-            partial(jc.regrow_randomly, jax.random.fold_in(k, 1)), t, k
+def ways(steps: int) -> dict[str, Way]:
+    adam = decayed_adam(steps)
+
+    def ramp(target: Any) -> optax.Schedule:
+        return optax.polynomial_schedule(0.0, target, 3, steps * 6 // 10, steps // 10)
+
+    def gradual(target: Any, key: Any, budget: Any = leaf_budget, **more: Any) -> Any:
+        link = jc.prune_gradually(ramp(target), budget=budget, **more)
+        return optax.chain(adam, link)
+
+    def sparse(regrow: Callable[..., Any], target: Any, key: Any) -> Any:
+        fraction = optax.cosine_decay_schedule(0.3, steps * 3 // 4)
+        score = jc.random_scores(key)
+        return regrow(adam, target, fraction=fraction, score=score, budget=erk_budget)
+
+    def regrown(target: Any, key: Any) -> Any:
+        return sparse(
+            partial(jc.regrow_randomly, jax.random.fold_in(key, 1)), target, key
+        )
+
+    def random(target: Any, key: Any) -> Any:
+        return gradual(target, key, score=jc.random_scores(key))
+
+    return {
+        "static": (lambda t, k: optax.chain(adam, jc.keep_zeros()), sparse_start),
+        "SET": (regrown, sparse_start),
+        "RigL": (partial(sparse, jc.rigl), sparse_start),
+        "gradual, random": (random, dense_start),
+        "gradual, per leaf": (gradual, dense_start),
+        "gradual, ERK": (partial(gradual, budget=erk_budget), dense_start),
+        "gradual, LAMP": (partial(gradual, budget=lamp_budget), dense_start),
+        "gradual, global": (partial(gradual, budget=global_budget), dense_start),
+        "saliency": (
+            lambda t, k: jc.prune_by_saliency(adam, ramp(t), budget=global_budget),
+            dense_start,
         ),
-        sparse_start,
-    ),
-    "RigL": (lambda t, k: sparse(jc.rigl, t, k), sparse_start),
-    "gradual, random": (
-        lambda t, k: gradual(t, k, score=jc.random_scores(k)),
-        dense_start,
-    ),
-    "gradual, per leaf": (gradual, dense_start),
-    "gradual, ERK": (partial(gradual, budget=erk_budget), dense_start),
-    "gradual, LAMP": (partial(gradual, budget=lamp_budget), dense_start),
-    "gradual, global": (partial(gradual, budget=global_budget), dense_start),
-    "saliency": (
-        lambda t, k: prune_by_saliency(adam, ramp(t), budget=global_budget),
-        dense_start,
-    ),
-    "movement": (
-        lambda t, k: prune_by_movement(adam, ramp(t), every=10),
-        dense_start,
-    ),
-    "magnitude-STE": (
-        lambda t, k: prune_straight_through(adam, ramp(t), every=10),
-        dense_start,
-    ),
-}
+        "movement": (
+            lambda t, k: jc.prune_by_movement(adam, ramp(t), every=10),
+            dense_start,
+        ),
+        "magnitude-STE": (
+            lambda t, k: jc.prune_straight_through(adam, ramp(t), every=10),
+            dense_start,
+        ),
+    }
 
 
 def trainer(make: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
@@ -129,10 +125,10 @@ def trainer(make: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
     return init, epoch
 
 
-def batches(key: jax.Array, size: int) -> list[jax.Array]:
+def batches(key: jax.Array, size: int, epochs: int) -> list[jax.Array]:
     """int32[steps, batch] of every epoch."""
     each = size // BATCH
-    orders = [jax.random.permutation(k, size) for k in jax.random.split(key, EPOCHS)]
+    orders = [jax.random.permutation(k, size) for k in jax.random.split(key, epochs)]
     return [order[: each * BATCH].reshape(each, BATCH) for order in orders]
 
 
@@ -148,13 +144,15 @@ def measured(params: Any, sparsity: float, state: Any, file: Path, data: Any) ->
 
 
 @app.command()
-def train(out: Path, seed: int) -> None:
-    """Trains all nets of a seed and writes their accuracies to OUT."""
+def train(out: Path, seed: int, epochs: int = EPOCHS, only: str = "") -> None:
+    """Trains all nets of a seed, or ONLY one way at 12x; accuracies go to OUT."""
     out.mkdir(parents=True, exist_ok=True)
     data = demo.load_fashion(demo.FASHION)
     keys = jax.random.split(jax.random.key(seed), 4)
     key_init, key_batches, key_way, key_again = keys
-    rows = batches(key_batches, len(data.x))
+    rows = batches(key_batches, len(data.x), epochs)
+    steps = sum(map(len, rows))
+    adam = decayed_adam(steps)
     params = demo.LeNet().init(key_init, data.x[:1])["params"]
     file = out / f"{seed}.jxc"
     found: dict[str, float] = {}
@@ -172,17 +170,23 @@ def train(out: Path, seed: int) -> None:
     plain = trainer(lambda t, k: adam)
     net, _ = fit(plain, (params, plain[0](params, 0.0, key_way)), 0.0, key_way)
     note("dense", 0, measured(net, 0.0, None, file, data))
-    for name, (make, start) in WAYS.items():
+    for name, (make, start) in ways(steps).items():
+        if only not in ("", name):
+            continue
         way = trainer(make)
-        extra = (TWELVE,) if name == "gradual, global" else ()
-        for target in (*TARGETS, *extra):
+        extra = (TWELVE,) if name in (only, "gradual, global") else ()
+        for target in (*(() if only else TARGETS), *extra):
             args = jnp.float32(target), key_way
             begun = start(params, target, key_way)
             net, state = fit(way, (begun, way[0](begun, *args)), *args)
             note(name, target, measured(net, target, state, file, data))
 
+    if only:
+        return
     levels = jnp.array([0.0, *ROUNDS], jnp.float32)
-    way = trainer(lambda t, k: rewind_weights(adam, lambda r: levels[r], every=STEPS))
+    way = trainer(
+        lambda t, k: jc.rewind_weights(adam, lambda r: levels[r], every=steps)
+    )
     args = jnp.float32(0), key_way
     carry = fit(way, (params, way[0](params, *args)), *args)
     for level in ROUNDS:
@@ -212,7 +216,7 @@ def table(out: Path) -> None:
     print(f"{len(runs)} seeds; dense {cell('dense', 0)}\n")
     print("| | " + " | ".join(f"{t:.0%}" for t in TARGETS) + " |")
     print("| :-- |" + " --: |" * len(TARGETS))
-    for name in (*WAYS, "ticket"):
+    for name in (*ways(1), "ticket"):
         print(f"| {name} | " + " | ".join(cell(name, t) for t in TARGETS) + " |")
     print(f"\ngradual, global at 12x: {cell('gradual, global', TWELVE)}")
     kept = ROUNDS[8]
