@@ -1,5 +1,6 @@
 """jaxcomp: a functional compression toolkit for JAX."""
 
+from jaxcomp import program as program
 from jaxcomp import prune as prune
 from jaxcomp import testing as testing
 from jaxcomp.distill import distill_step as distill_step
@@ -9,6 +10,8 @@ from jaxcomp.node import CompressedArray as CompressedArray
 from jaxcomp.node import TiedTensor as TiedTensor
 from jaxcomp.node import densify as densify
 from jaxcomp.node import is_compressed as is_compressed
+from jaxcomp.program import count as count
+from jaxcomp.program import fake_quantized as fake_quantized
 from jaxcomp.prune import apply_masks as apply_masks
 from jaxcomp.prune import clip_tree as clip_tree
 from jaxcomp.prune import magnitude as magnitude

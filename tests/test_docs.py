@@ -67,7 +67,8 @@ def public(module, whole):
     }
 
 
-PUBLIC = public(jc, True) | public(jc.prune, True) | public(jc.testing, False)
+ROOMS = {jc: True, jc.prune: True, jc.program: True, jc.testing: False}
+PUBLIC = {n: f for room, deep in ROOMS.items() for n, f in public(room, deep).items()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
