@@ -16,10 +16,10 @@ from jaxcomp.prune.budgets import Budget, leaf_budget
 from jaxcomp.train.gradual import all_kept, level_at, masks_of
 from jaxcomp.train.latent import latent_of, surface, underneath
 from jaxcomp.train.zeros import (
-    CHECK_EVERY,
     add_strays,
     land_on_zero,
     params_needed,
+    watched,
     when,
     zeroed,
 )
@@ -241,7 +241,8 @@ def _by_movement(
         updates: Any, state: PruneByScoreState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, PruneByScoreState]:
         params_needed(caller, params)
-        old, step = state.masks, state.count
+        step = state.count
+        old, stray = watched(step, state.masks, state.stray, params)
         weights = underneath(old, params, state.latent)
 
         def learned(s: jax.Array, w: jax.Array, g: jax.Array) -> jax.Array:
@@ -249,11 +250,6 @@ def _by_movement(
 
         scores = _learned(learned, old, state.scores, weights, updates)
         masks = choose(old, scores, step)
-        stray = when(
-            step % CHECK_EVERY == 1,
-            lambda stray: add_strays(stray, old, params),
-            state.stray,
-        )
         moves, inner_state = inner.update(
             zeroed(old, updates), state.inner_state, weights, **extra_args
         )

@@ -73,6 +73,20 @@ def add_strays(stray: jax.Array, masks: Any, params: Any) -> jax.Array:
     return stray + jnp.minimum(found, jnp.iinfo(jnp.int32).max - stray)
 
 
+def watched(
+    count: jax.Array, masks: Any, stray: jax.Array, params: Any
+) -> tuple[Any, jax.Array]:
+    """The masks, and the strays with those of now, if it is time to look for them."""
+
+    def look(held: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        stray = add_strays(held[1], held[0], params)
+        # Always true, which XLA does not know: masks that left the loop as they came
+        # would tell it nothing of an order, and it would copy the weights on each step.
+        return jax.tree.map(lambda m: m & (stray >= 0), held[0]), stray
+
+    return when(count % CHECK_EVERY == 1, look, (masks, stray))
+
+
 def keep_zeros(*, where: Where = is_matrix) -> optax.GradientTransformation:
     """Holds every weight that is exactly zero at ``init`` at exactly zero.
 
@@ -106,13 +120,9 @@ def keep_zeros(*, where: Where = is_matrix) -> optax.GradientTransformation:
         updates: Any, state: KeepZerosState, params: Any = None
     ) -> tuple[Any, KeepZerosState]:
         params_needed("keep_zeros", params)
-        stray = when(
-            state.count % CHECK_EVERY == 1,
-            lambda stray: add_strays(stray, state.masks, params),
-            state.stray,
-        )
+        masks, stray = watched(state.count, state.masks, state.stray, params)
         count = optax.safe_increment(state.count)
-        landed = land_on_zero(state.masks, updates, params)
-        return landed, KeepZerosState(count, state.masks, stray)
+        landed = land_on_zero(masks, updates, params)
+        return landed, KeepZerosState(count, masks, stray)
 
     return optax.GradientTransformation(init, update)
