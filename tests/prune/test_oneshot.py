@@ -145,7 +145,10 @@ def test_a_float64_of_numpy_is_taken_as_jax_takes_it(change):
 # clip_tree
 
 
-@given(MATRICES, st.sampled_from([(-0.5, 0.5), (0, 2), (-1.0, 0), (-np.inf, 0.25)]))
+NORMAL = MATRICES.map(lambda w: np.where(np.abs(w) < 2e-38, 0 * w, w))  # XLA flushes
+
+
+@given(NORMAL, st.sampled_from([(-0.5, 0.5), (0, 2), (-1.0, 0), (-np.inf, 0.25)]))
 def test_clipped_weights_are_those_of_numpy_and_zeros_stay_zero(w, bounds):
     lo, hi = bounds
     clipped = jc.clip_tree({"w": jnp.asarray(w)}, lo, hi)["w"]
