@@ -209,6 +209,12 @@ def train(out: Path, seed: int, longer: bool = False) -> None:
     plain = trainer(lambda t, k: adam)
     net, _ = fit(plain, (params, plain[0](params, 0.0, key_way)), 0.0, key_way)
     note("dense", 0, measured(net, 0.0, None, file, data))
+    if longer:  # Han et al. prune what is trained
+        way = trainer(ways(steps)["gradual, global"][0])
+        args = jnp.float32(TWELVE), key_way
+        net, state = fit(way, (net, way[0](net, *args)), *args)
+        value = measured(net, TWELVE, state, file, data)
+        note("gradual, global, after dense", TWELVE, value)
     for name, (make, start) in ways(steps).items():
         way = trainer(make)
         targets = LONGER.get(name, ()) if longer else TARGETS
@@ -287,6 +293,7 @@ def table(out: Path) -> None:
         print(f"| {name} | " + " | ".join(cell(name, t) for t in TARGETS) + " |")
     if f"gradual, global {TWELVE:.4f}" in found:
         print(f"\ngradual, global at 12x: {cell('gradual, global', TWELVE)}")
+        print(f"after dense: {cell('gradual, global, after dense', TWELVE)}")
     kept = ROUNDS[8]
     if f"ticket {kept:.4f}" in found:
         print(f"ticket that keeps {1 - kept:.1%}: {cell('ticket', kept)}")
