@@ -52,6 +52,7 @@ from jaxcomp.train import keep_zeros as keep_zeros
 from jaxcomp.train import l1_penalty as l1_penalty
 from jaxcomp.train import learned_clip as learned_clip
 from jaxcomp.train import learned_step as learned_step
+from jaxcomp.train import learned_threshold as learned_threshold
 from jaxcomp.train import left_alone as left_alone
 from jaxcomp.train import moving_range as moving_range
 from jaxcomp.train import percentile_range as percentile_range

@@ -48,5 +48,6 @@ from jaxcomp.train.shrinkage import shrink_l1 as shrink_l1
 from jaxcomp.train.straight_through import fake_quantize as fake_quantize
 from jaxcomp.train.straight_through import learned_clip as learned_clip
 from jaxcomp.train.straight_through import learned_step as learned_step
+from jaxcomp.train.straight_through import learned_threshold as learned_threshold
 from jaxcomp.train.zeros import KeepZerosState as KeepZerosState
 from jaxcomp.train.zeros import keep_zeros as keep_zeros

@@ -115,6 +115,29 @@ def learned_clip(x: jax.Array, clip: jax.Array, bits: int = 4) -> jax.Array:
     return _value(jnp.round(kept / step) * step, kept)
 
 
+def learned_threshold(x: jax.Array, score: jax.Array) -> jax.Array:
+    """Weights less a threshold that is itself trained, zero below it.
+
+    Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity"
+    (STR), arXiv:2002.03231: ``sign(x) * relu(|x| - sigmoid(score))``. Weight decay on
+    ``score`` and ``x`` makes it sparse; begin with a score far below 0, e.g. -10.
+
+    Args:
+      x: float[*shape], weights.
+      score: float[] or a shape that broadcasts against ``x``.
+
+    Returns:
+      float[*shape]. What is stored in the end is this, not ``x``. Where it is 0, the
+      gradient of both is 0.
+
+    >>> learned_threshold(jnp.array([1.0, -0.25, -2.0]), jnp.array(0.0))
+    Array([ 0.5, -0. , -1.5], dtype=float32)
+    """
+    x = _check.floating("learned_threshold", x)
+    left = jax.nn.relu(jnp.abs(x) - jax.nn.sigmoid(score))
+    return jax.lax.stop_gradient(jnp.sign(x)) * left.astype(x.dtype)
+
+
 def _value(value: jax.Array, gradient: jax.Array) -> jax.Array:
     """The value of one array with the gradient of another, to the last bit."""
     # Not gradient + (value - gradient): that sum rounds.

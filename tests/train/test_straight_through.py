@@ -173,3 +173,17 @@ def test_a_width_out_of_range_is_an_error(bits):
 def test_integers_are_an_error(fn):
     with pytest.raises(TypeError, match="needs a floating array"):
         fn(jnp.arange(4))
+
+
+def test_a_learned_threshold_is_that_of_the_paper_with_its_gradients():
+    x, score = jnp.array([1.0, -0.25, -2.0, 0.0]), jnp.array(0.0)
+    np.testing.assert_array_equal(jc.learned_threshold(x, score), [0.5, 0, -1.5, 0])
+    weights = jnp.array([1.0, 10.0, 3.0, 10.0])
+
+    def loss(x, score):
+        return jnp.sum(weights * jc.learned_threshold(x, score))
+
+    by_x, by_score = jax.grad(loss, (0, 1))(x, score)
+    np.testing.assert_array_equal(by_x, [1.0, 0.0, 3.0, 0.0])
+    # -sigmoid'(0) * sum of weights * sign(x) over what is left
+    np.testing.assert_allclose(by_score, -0.25 * (1.0 - 3.0))
