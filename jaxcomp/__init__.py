@@ -11,7 +11,9 @@ from jaxcomp.node import TiedTensor as TiedTensor
 from jaxcomp.node import densify as densify
 from jaxcomp.node import is_compressed as is_compressed
 from jaxcomp.program import count as count
+from jaxcomp.program import coupled_groups as coupled_groups
 from jaxcomp.program import fake_quantized as fake_quantized
+from jaxcomp.program import shrink as shrink
 from jaxcomp.prune import apply_masks as apply_masks
 from jaxcomp.prune import clip_tree as clip_tree
 from jaxcomp.prune import magnitude as magnitude
@@ -75,6 +77,7 @@ from jaxcomp.train import shrink_groups as shrink_groups
 from jaxcomp.train import shrink_l1 as shrink_l1
 from jaxcomp.tree import Where as Where
 from jaxcomp.tree import is_matrix as is_matrix
+from jaxcomp.tree import is_trained as is_trained
 from jaxcomp.tree import join as join
 from jaxcomp.tree import map_values as map_values
 from jaxcomp.tree import map_where as map_where

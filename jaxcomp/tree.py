@@ -45,6 +45,19 @@ def is_matrix(path: str, leaf: Any) -> bool:
     return floating and leaf.ndim >= 2 and last_key(path) not in NOT_MATRICES
 
 
+def is_trained(path: str, leaf: Any) -> bool:
+    """Selects floating leaves, and masks of them, that are not a mean or a var.
+
+    The ``where`` of whole groups: of `prune_gradually` and `keep_zeros` too, as biases
+    and norms go with their group. What batch norm has seen is no weight.
+
+    >>> is_trained("norm/bias", jnp.ones(3)), is_trained("norm/mean", jnp.ones(3))
+    (True, False)
+    """
+    is_number = _check.is_floating(leaf) or leaf.dtype == bool
+    return is_number and last_key(path) not in ("mean", "var")
+
+
 def path_matches(pattern: str) -> Where:
     """A `Where` that selects leaves whose whole path matches a regular expression.
 

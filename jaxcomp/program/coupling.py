@@ -116,6 +116,12 @@ def _walked(program: Program, rules: Any, banned: Any) -> Analysis:
     for i, x in enumerate(program.inputs):
         reason = "input" if len(program.inputs) == 1 else f"input {i}"
         ins.append(Value((reason,) * len(shape_of(x)), made=True))
+    jaxpr = program.jaxpr
+    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars}
+    used |= set(map(id, jaxpr.outvars))
+    for v, axes in zip(jaxpr.invars, own, strict=False):
+        for axis in axes if id(v) not in used else ():
+            book.freeze(axis, "not used")
     plan = book.plan(program.jaxpr, program.consts, ins)
     shapes = [tuple(x.shape) for x in program.params]
     anew = _returned(program, shapes)

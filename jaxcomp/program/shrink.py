@@ -72,8 +72,8 @@ def shrink(
     shapes = jax.eval_shape(lambda: params)
     found = analyse(f, shapes, inputs, rules)
     groups = grouped(found)
-    smaller = cut(params, params, groups, keep)
     slices = gone_slices("shrink", groups.families, keep)
+    smaller = cut(params, params, groups, keep)
     new = jax.eval_shape(lambda: smaller)
 
     def g(params: Any, *inputs: Any) -> Any:

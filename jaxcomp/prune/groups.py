@@ -6,11 +6,13 @@ else is shaped by it. Such slices are one *group*; groups that are alike are a *
 them from here, and know nothing of programs.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from jaxcomp.node import densify, flatten
 from jaxcomp.tree import list_paths
 
 
@@ -117,3 +119,37 @@ def gone_slices(
             gone.setdefault((path, axis), []).append(parts)
     found = {at: np.sort(np.concatenate(parts)) for at, parts in gone.items()}
     return {at: indices for at, indices in found.items() if indices.size}
+
+
+def member_leaves(
+    caller: str, params: Any, families: Sequence[Family]
+) -> dict[str, jax.Array]:
+    """Path -> array, once every member is known to fit the leaf that it is a part of.
+
+    Raises:
+      ValueError: a leaf is missing, or has no such axis or index.
+    """
+    paths, leaves, _ = flatten(densify(params))
+    table = dict(zip(paths, leaves, strict=True))
+    for family in families:
+        for member in family.members:
+            if member.path not in table:
+                raise ValueError(
+                    f"{caller} needs the leaf {member.path!r} of family "
+                    f"{family.name!r}, got {list_paths(paths) or 'no leaf'}. Pass the "
+                    "params that the families were found for."
+                )
+            check_fits(caller, family, member, table[member.path])
+    return table
+
+
+def check_fits(caller: str, family: Family, member: Member, leaf: Any) -> None:
+    """Raises unless a leaf has all that the family owns of it."""
+    last = int(np.max(member.indices, initial=0))
+    shape = np.shape(leaf)
+    if not 0 <= member.axis < len(shape) or last >= shape[member.axis]:
+        raise ValueError(
+            f"{caller} needs index {last} of axis {member.axis} of leaf "
+            f"{member.path!r} for family {family.name!r}, got shape {list(shape)}. "
+            "Pass the params that the families were found for."
+        )
