@@ -4,8 +4,8 @@ from functools import partial
 import chex
 import flax.linen as nn
 import jax
-import jax.test_util
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import optax
 import pytest
