@@ -13,6 +13,8 @@ from jaxcomp.node import is_compressed as is_compressed
 from jaxcomp.program import count as count
 from jaxcomp.program import coupled_groups as coupled_groups
 from jaxcomp.program import fake_quantized as fake_quantized
+from jaxcomp.program import observe as observe
+from jaxcomp.program import sensitivity as sensitivity
 from jaxcomp.program import shrink as shrink
 from jaxcomp.prune import apply_masks as apply_masks
 from jaxcomp.prune import clip_tree as clip_tree
