@@ -76,7 +76,8 @@ def count(f: Callable[..., Any], params: Any, *inputs: Any) -> Count:
     """Parameters, multiply-adds and activation memory of ``f(params, *inputs)``.
 
     Nothing is computed or allocated; shapes will do. Multiply-adds are those of dots
-    and convolutions, whatever enters them; of a convolution those at the padding too.
+    and convolutions, whatever enters them; of a convolution those at the padding too,
+    and of a transposed one those at the zeros between the entries.
     Of the branches of a `jax.lax.cond` the one with the most counts. A while loop, a
     kernel and what a `jax.shard_map` does on one device count once, and the table says
     so. What a view of a parameter takes is counted among the activations.

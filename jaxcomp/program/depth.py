@@ -74,7 +74,9 @@ def residual_blocks(
         left = _needed(flow, (block,))
         paths = tuple(path for path in needed if path not in left)
         if paths:
-            blocks.append(block._replace(name=_name(paths), paths=paths))
+            blocks.append(
+                block._replace(name=_name(paths, [*flow.params], op.line), paths=paths)
+            )
     return tuple(blocks)
 
 
@@ -288,32 +290,37 @@ def _needed(flow: _Flow, blocks: Sequence[Block]) -> list[str]:
     return [path for path, v in flow.params.items() if v in alive]
 
 
-def _less(tree: Any, gone: set[str], path: str = "") -> Any:
+def _less(tree: Any, gone: set[str], path: tuple[str, ...] = ()) -> Any:
     """A tree without some of its leaves: keys of dicts are gone, others are None."""
-    if not isinstance(tree, dict):
-        paths, leaves, treedef = flatten(tree)
-        ends = (f"{path}/{end}" if end and path else path or end for end in paths)
-        kept = [None if end in gone else x for end, x in zip(ends, leaves, strict=True)]
-        return jax.tree.unflatten(treedef, kept)
-    found = {}
-    for key, value in tree.items():
-        less = _less(value, gone, f"{path}/{key}" if path else str(key))
-        if jax.tree.leaves(less) or not jax.tree.leaves(value):
-            found[key] = less
-    return found
+    if type(tree) in (list, tuple):
+        parts = (_less(x, gone, (*path, str(i))) for i, x in enumerate(tree))
+        return type(tree)(parts)
+    if type(tree) is dict:
+        items = {k: _less(x, gone, (*path, str(k))) for k, x in tree.items()}
+        empty = {k for k, x in items.items() if not jax.tree.leaves(x)}
+        new = empty - {k for k in empty if not jax.tree.leaves(tree[k])}
+        return {k: x for k, x in items.items() if k not in new}
+    ends, leaves, treedef = flatten(tree)
+    paths = ("/".join([*path, end] if end else path) for end in ends)
+    kept = [None if p in gone else x for p, x in zip(paths, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, kept)
 
 
-def _name(paths: Sequence[str]) -> str:
-    """What paths have in common, or the module of the first of them.
+def _name(paths: Sequence[str], every: Sequence[str], line: str) -> str:
+    """What paths have in common and not all have, or else the line."""
+    for skip in (0, 1):  # the second may follow a collection, such as statistics
+        parts = [path.split("/")[skip:] for path in paths]
+        shared = _shared(parts)
+        if len(shared) > len(_shared([path.split("/")[skip:] for path in every])):
+            return "/".join(shared)
+    return f"block at {line}"
 
-    Collections that differ, such as statistics and parameters, say nothing.
-    """
-    parts = [path.split("/") for path in paths]
-    if len({first for first, *_ in parts}) > 1:
-        parts = [rest or [first] for first, *rest in parts]
-    shared = []
+
+def _shared(parts: Sequence[Sequence[str]]) -> list[str]:
+    """The components with which all begin."""
+    found = []
     for first, *rest in zip(*parts, strict=False):
         if any(other != first for other in rest):
             break
-        shared.append(first)
-    return "/".join(shared) or "/".join(parts[0][:-1]) or paths[0]
+        found.append(first)
+    return found
