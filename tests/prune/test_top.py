@@ -191,6 +191,36 @@ def test_ties_of_leaves_of_several_rows_go_by_position_in_each(zeros):
     np.testing.assert_array_equal(b.reshape(-1), np.arange(1500) < 1500 - zeros[1])
 
 
+LONG = [(2, 140_000), (300_001,), (5,), (0, 3), (262_144,)]  # of several chunks
+
+
+def long_leaves(flat):
+    ends = np.cumsum([np.prod(shape, dtype=int) for shape in LONG])
+    pieces = np.split(flat[: ends[-1]], ends[:-1])
+    leaves = [jnp.asarray(p.reshape(s)) for p, s in zip(pieces, LONG, strict=True)]
+    return [*leaves[:4], leaves[4].astype(jnp.bfloat16)]
+
+
+@pytest.mark.parametrize("levels", [3, 2**7])  # both are exact in bfloat16
+def test_long_leaves_have_the_masks_of_a_full_sort(levels):
+    rng = np.random.default_rng(levels)
+    flat = rng.integers(-levels, levels, 842_150).astype(np.float32)
+    leaves = long_leaves(flat)
+    for zeros in (0, 1, 421_075, 842_149, 842_150):
+        kept = np.concatenate([np.ravel(mask) for mask in jitted(leaves, zeros)])
+        np.testing.assert_array_equal(kept, reference(flat, zeros))
+    zeros = [0, 262_143, 3, 0, 250_000]
+    masks = jitted(leaves, jnp.array(zeros, jnp.int32))
+    for leaf, mask, count in zip(leaves, masks, zeros, strict=True):
+        np.testing.assert_array_equal(np.ravel(mask), reference(np.ravel(leaf), count))
+
+
+def test_a_long_leaf_is_searched_without_a_copy_of_it():
+    leaf = jax.ShapeDtypeStruct((2**22 + 1,), jnp.float32)
+    compiled = jitted.lower([leaf], jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**22
+
+
 def test_the_search_is_compiled_once_for_all_leaves():
     def equations(leaves):
         jaxpr = jax.make_jaxpr(lambda s: top_masks(s, 3))([jnp.zeros((2, 3))] * leaves)
