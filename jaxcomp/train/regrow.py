@@ -234,24 +234,22 @@ def _regrow(
         share = jnp.asarray(fraction(state.count), jnp.float32)
 
         def choose(held: tuple[Any, ...]) -> tuple[Any, ...]:
-            old, stray, *others = held
+            # With a fraction of 0 this comes to the masks that there were. A cond that
+            # went around it would copy the state of the optimizer.
+            old, stray, key, inner_state = held
+            _, masks, treedef = flatten(old)
+            at = [i for i, mask in enumerate(masks) if mask.ndim]
+            weights, grads = map(treedef.flatten_up_to, (params, updates))
+            key, worth = grow(key, [grads[i] for i in at])
+            kept = [masks[i] for i in at]
+            rows = _exchanged(kept, [weights[i] for i in at], worth, share)
+            for i, mask in zip(at, rows, strict=True):
+                masks[i] = mask
+            new = jax.tree.unflatten(treedef, masks)
+            changed = jax.tree.map(jnp.logical_xor, old, new)
+            fresh = inner.init(zeroed(new, params))
             stray = add_strays(stray, old, params)
-
-            def exchange() -> tuple[Any, ...]:
-                _, masks, treedef = flatten(old)
-                at = [i for i, mask in enumerate(masks) if mask.ndim]
-                weights, grads = map(treedef.flatten_up_to, (params, updates))
-                key, worth = grow(others[0], [grads[i] for i in at])
-                kept = [masks[i] for i in at]
-                rows = _exchanged(kept, [weights[i] for i in at], worth, share)
-                for i, mask in zip(at, rows, strict=True):
-                    masks[i] = mask
-                new = jax.tree.unflatten(treedef, masks)
-                changed = jax.tree.map(jnp.logical_xor, old, new)
-                fresh = inner.init(zeroed(new, params))
-                return new, stray, key, _reset(changed, others[1], fresh)
-
-            return jax.lax.cond(share > 0, exchange, lambda: (old, stray, *others))
+            return new, stray, key, _reset(changed, inner_state, fresh)
 
         # At step 0 the weights may be dense still, and their gradient with them.
         masks, stray, key, inner_state = when(
