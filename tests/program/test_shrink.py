@@ -339,3 +339,23 @@ def test_inputs_for_which_a_group_is_frozen_are_an_error():
     params = {k: v for k, v in made().items() if k != "bias"}
     g, smaller, _ = shrink(f, params, KEEP, X)
     fails(ValueError, "reduce_max at test_shrink.py", g, smaller, X[:1])
+
+
+def test_the_group_lasso_empties_groups_that_can_then_be_cut():
+    params = made()
+    groups = coupled_groups(mlp, params, X)
+    pairs = [group for family in groups.families for group in family.groups]
+    tx = optax.chain(optax.sgd(0.0), jc.shrink_coupled(0.25, pairs))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    trained, state = params, tx.init(params)
+    for _ in range(3):
+        trained, state = step(trained, state)
+    keep = jc.prune.kept_groups(trained, groups.families)
+    assert 0 < keep["units of up"].sum() < 4
+    g, smaller, _ = shrink(mlp, trained, keep, X)
+    np.testing.assert_allclose(g(smaller, X), mlp(trained, X), rtol=1e-5)
