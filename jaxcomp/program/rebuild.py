@@ -86,14 +86,6 @@ class Run:
     def step(self, step: Step, args: list[Any]) -> Sequence[Any]:
         if self.unchanged(step):
             return bind(step.eqn, args)
-        for x in step.outs:
-            for axis in x.axes:
-                if isinstance(axis, Axis) and not self.kept[axis.labels].any():
-                    name = step.eqn.primitive.name
-                    raise ValueError(
-                        "shrink needs something to be left of every axis, got a `keep` "
-                        f"that leaves nothing of what a {name} makes. Keep more groups."
-                    )
         rebuild = self.rebuilds.get(step.eqn.primitive.name)
         if rebuild is not None:
             return rebuild(self, step, args)
@@ -139,6 +131,11 @@ class Run:
         if step.mean is None:
             return args
         count = int(np.prod([self.length(x) for x in step.mean.lengths]))
+        if not count:
+            raise ValueError(
+                "shrink needs something to be left of what a mean is taken over, got a "
+                "`keep` that leaves nothing of it. Keep more groups."
+            )
         divides = step.eqn.primitive.name == "div"
         at = 1 if step.ins[0].span is step.mean else 0
         args = list(args)

@@ -308,15 +308,29 @@ def test_parameters_of_other_shapes_are_an_error():
     fails(ValueError, "at 'more', got shape ()", g, {**smaller, "more": 1.0}, X)
 
 
-def test_a_part_of_which_nothing_is_left_is_an_error():
+def halves(mix):
     def f(params, x):
         first, second = jnp.split(x @ params["up"], 2, axis=1)
-        return first @ params["a"] + second @ params["b"]
+        return jnp.concatenate([second, mix(first)], axis=1) @ params["down"]
 
-    params = {"up": jnp.ones((3, 4)), "a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+    return f
+
+
+def test_a_part_of_which_nothing_is_left_is_empty():
+    f = halves(jax.nn.gelu)
+    params = {k: v for k, v in made().items() if k != "bias"}
     groups = coupled_groups(f, params, X)
-    keep = {x.name: np.zeros(x.size, bool) for x in groups.families}
-    fails(ValueError, "at least one group", shrink, f, params, keep, X)
+    keep = {"units of up": np.array([False, False, True, True])}
+    g, smaller, _ = shrink(f, params, keep, X)
+    zeros = jc.apply_masks(params, jc.prune.group_masks(params, groups.families, keep))
+    np.testing.assert_allclose(g(smaller, X), f(zeros, X), rtol=1e-5)
+
+
+def test_a_mean_of_nothing_is_an_error():
+    f = halves(lambda x: x - x.mean(axis=1, keepdims=True))
+    params = {k: v for k, v in made().items() if k != "bias"}
+    keep = {"units of up": np.array([False, False, True, True])}
+    fails(ValueError, "what a mean is taken over", shrink, f, params, keep, X)
 
 
 def test_inputs_for_which_more_is_coupled_are_an_error():
