@@ -232,11 +232,11 @@ class Book:
         fixed, carried = scan_split(params)
         split = fixed + carried
         rows = [_unstacked(self, x, f"scan at {where}") for x in ins[split:]]
-        self._turns *= params["length"]
+        turns, self._turns = self._turns, self._turns * params["length"]
         plan = self._loop(
             closed(params["jaxpr"]), [*ins[:fixed]], ins[fixed:split], rows, where
         )
-        self._turns //= params["length"]
+        self._turns = turns
         stacked = [Value(("", *x.axes), x.made) for x in plan.outs[carried:]]
         return [plan], [*map(_carried, plan.outs[:carried]), *stacked]
 
@@ -248,7 +248,9 @@ class Book:
             closed(params["body_jaxpr"]), ins[first:split], ins[split:], [], where
         )
         carry = [_carried(x) for x in body.ins[split - first :]]
+        place, self._place = self._place, (*self._place, -1)
         asked = self.plan(*closed(params["cond_jaxpr"]), [*ins[:first], *carry])
+        self._place = place
         return [asked, body], list(map(_carried, body.outs))
 
     def _loop(self, inner: Any, consts: Any, carry: Any, rows: Any, where: str) -> Plan:

@@ -266,3 +266,11 @@ def test_a_parameter_that_is_not_used_stays():
     found = coupled_groups(mlp, {**MLP, **shaped(more=(7,))}, X)
     assert [x.name for x in found.families] == ["units of up"]
     assert ("more", 0, 7, "not used") in found.frozen
+
+
+def test_a_scan_without_turns_costs_nothing():
+    def f(params, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, params["layers"])[0]
+
+    found = coupled_groups(f, shaped(layers=(0, 3, 3)), X)
+    assert total(found.multiply_adds, {}) == 0
