@@ -98,6 +98,24 @@ def concatenate(book: Book, eqn: Any, ins: list[Value]) -> list[Value]:
     return [Value(tuple(found))]
 
 
+def stack(book: Book, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Alike along all axes, and one more."""
+    axes = [
+        book.same(each, book.name(eqn))
+        for each in zip(*(x.axes for x in ins), strict=True)
+    ]
+    axes.insert(eqn.params["axis"], book.name(eqn))
+    return [Value(tuple(axes))]
+
+
+def unstack(book: Book, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Every slice along one axis, which has to stay."""
+    x, taken = ins[0], eqn.params["axis"]
+    book.freeze(x.axes[taken], book.name(eqn))
+    rest = picked(x, [a for a in range(len(x.axes)) if a != taken])
+    return [rest._replace(span=None) for _ in eqn.outvars]
+
+
 def pad(book: Book, eqn: Any, ins: list[Value]) -> list[Value]:
     """What is put at the ends follows what it meets."""
     x, filled = ins

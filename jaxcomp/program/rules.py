@@ -34,7 +34,9 @@ from jaxcomp.program.moves import (
     slice_,
     split,
     squeeze,
+    stack,
     transpose,
+    unstack,
 )
 from jaxcomp.program.products import convolution, dot
 
@@ -234,7 +236,8 @@ ZERO_GOES = (
     *("exp", "exp2", "logistic", "cos", "cosh", "acos", "acosh", "erfc", "not"),
     *("lgamma", "digamma", "is_finite", "eq", "le", "ge"),
     *("atan2", "nextafter", "igamma", "igammac", "polygamma", "complex"),
-    *("population_count", "clz", "bitcast_convert_type"),
+    *("population_count", "clz", "bitcast_convert_type", "one_minus_square"),
+    *("bessel_i0e", "bessel_i1e"),
 )
 ALL_ZERO = ("add", "add_any", "sub", "max", "min", "or", "xor", "gt", "lt", "ne")
 REDUCTIONS = (
@@ -251,7 +254,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(ALL_ZERO, elementwise(_all)),
     **dict.fromkeys(("mul", "and"), elementwise(_any)),
     **dict.fromkeys(("div", "rem"), elementwise(_first, _zero_by_zero)),
-    **dict.fromkeys(("rsqrt", "log"), elementwise(_never, _at_zero)),
+    **dict.fromkeys(("rsqrt", "log", "log2"), elementwise(_never, _at_zero)),
     **dict.fromkeys(("pow", "integer_pow"), elementwise(_pow, _negative_pow)),
     "select_n": elementwise(_cases),
     "clamp": elementwise(_clamp),
@@ -263,6 +266,8 @@ RULES: dict[str, Rule] = {
     "split": split,
     "rev": rev,
     "concatenate": concatenate,
+    "stack": stack,
+    "unstack": unstack,
     "pad": pad,
     "tile": tile,
     "gather": gather,
