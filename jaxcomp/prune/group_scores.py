@@ -67,8 +67,8 @@ def group_squares(
     """The sum of squares of a group's slices, the mean of its members.
 
     Fang et al., "DepGraph: Towards Any Structural Pruning", arXiv:2301.12900, as in the
-    authors' code, which leaves biases out and compares families by
-    ``normalized(group_squares)``. Arguments as `group_l1`.
+    authors' code, which compares families by ``normalized(group_squares)``. There
+    biases do not count: leave them out with ``where``. Arguments as `group_l1`.
     """
     return scored(
         *("group_squares", params, families, *_selects(where)),
