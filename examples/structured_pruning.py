@@ -3,6 +3,9 @@
 Takes about 20 seconds on one CPU core: `python examples/structured_pruning.py`.
 """
 
+import tempfile
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -79,5 +82,7 @@ for name, h, p in (("with zeros", f, params), ("cut", g, smaller)):
     accuracy = jnp.mean(h(p, test_x).argmax(axis=-1) == test_label)
     found = jc.count(h, p, test_x[:1])
     costs = f"{found.parameters:,} parameters, {found.multiply_adds:,} multiply-adds"
-    print(f"{name:10} {accuracy:.1%}, {costs}, {jc.save('net.jxc', p):,} bytes")
+    with tempfile.TemporaryDirectory() as folder:
+        size = jc.save(Path(folder) / "net.jxc", p)
+    print(f"{name:10} {accuracy:.1%}, {costs}, file {size:,} bytes")
 print(f"widths of 128 and 128 are now {features[0]} and {features[1]}")

@@ -3,7 +3,7 @@
 import math
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -138,10 +138,9 @@ def plot_groups(groups: Groups, params: Any) -> "Figure":
         for family in groups.families
     ]
 
-    letters = max(map(len, paths), default=0) + max(map(len, reasons), default=0)
-    columns = 2
-    height = 0.2 * len(paths) + 0.17 * (len(families) // columns + 1) + 0.6
-    figure = _figure("plot_groups", 5.5 + 0.065 * letters, height)
+    beside, below = _inches(paths) + _inches(reasons), 2 * _inches(families) + 1.5
+    height = 0.2 * len(paths) + 0.17 * (len(families) // 2 + 1) + 0.6
+    figure = _figure("plot_groups", max(5.5 + beside, below), height)
     from matplotlib.patches import Patch
     from matplotlib.patheffects import withStroke
 
@@ -182,7 +181,7 @@ def plot_groups(groups: Groups, params: Any) -> "Figure":
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=columns,
+        ncols=2,
         frameon=False,
         fontsize=8,
     )
@@ -217,12 +216,14 @@ def plot_widths(groups: Groups, keep: Keep) -> "Figure":
     gone_slices("plot_widths", groups.families, keep)
     sizes = {family.name: family.size for family in groups.families}
     kept = sizes | {name: int(np.sum(mask)) for name, mask in keep.items()}
-    figure = _figure("plot_widths", 9, 0.28 * len(sizes) + 0.8)
+    figure = _figure("plot_widths", 6 + _inches(sizes), 0.28 * len(sizes) + 0.8)
     axes = figure.subplots()
     for row, (name, size) in enumerate(sizes.items()):
         axes.barh(row, 1, color=_colour(row), alpha=0.25)
         axes.barh(row, kept[name] / size, color=_colour(row))
-        axes.text(1.01, row, f"{kept[name]:,} of {size:,}", va="center", fontsize=8)
+        axes.text(
+            1.01, row, f"{kept[name]:,} of {size:,}", va="center_baseline", fontsize=8
+        )
     axes.set_xlim(0, 1.15)
     axes.set_ylim(len(sizes) - 0.4, -0.6)
     axes.set_yticks(range(len(sizes)), sizes)
@@ -235,6 +236,11 @@ def plot_widths(groups: Groups, keep: Keep) -> "Figure":
     ]
     axes.set_title("\n".join(lines), loc="left", fontsize=9)
     return figure
+
+
+def _inches(texts: Iterable[str]) -> float:
+    """How wide the longest is, in letters of 8 points."""
+    return 0.065 * max(map(len, texts), default=0)
 
 
 def _colour(family: int) -> Any:
