@@ -6,7 +6,7 @@ before anything is touched.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,20 @@ def is_matrix(path: str, leaf: Any) -> bool:
     """
     floating = _check.is_floating(leaf)
     return floating and leaf.ndim >= 2 and last_key(path) not in NOT_MATRICES
+
+
+def shared_keys(paths: Sequence[str]) -> list[str]:
+    """The keys with which all of these paths begin.
+
+    >>> shared_keys(["block/query/kernel", "block/key/kernel"])
+    ['block']
+    """
+    found = []
+    for first, *rest in zip(*(path.split("/") for path in paths), strict=False):
+        if any(other != first for other in rest):
+            break
+        found.append(first)
+    return found
 
 
 def is_trained(path: str, leaf: Any) -> bool:

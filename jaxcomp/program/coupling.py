@@ -11,6 +11,7 @@ from jaxcomp.program.axes import Axis, Book, Plan, Product, Rule, Value, shape_o
 from jaxcomp.program.rules import RULES
 from jaxcomp.program.walk import Program, trace
 from jaxcomp.prune.groups import Family, Member, Term
+from jaxcomp.tree import shared_keys
 
 
 class Frozen(NamedTuple):
@@ -141,11 +142,13 @@ def _returned(program: Program, shapes: list[tuple[int, ...]]) -> dict[int, int]
     paths, places, _ = flatten(outs)
     avals = [v.aval for v in program.jaxpr.outvars]
     found = {}
+    leaves = {path: leaf for leaf, path in enumerate(program.paths)}
     for path, place in zip(paths, places, strict=True):
-        for leaf, own in enumerate(program.paths):
-            same = path == own or path.endswith(f"/{own}")
-            if same and avals[place].shape == shapes[leaf]:
-                found[place] = leaf
+        parts = path.split("/")
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
+        own = next((leaves[end] for end in ends if end in leaves), None)
+        if own is not None and avals[place].shape == shapes[own]:
+            found[place] = own
     return found
 
 
@@ -266,9 +269,7 @@ def _name(
     path = members[0].path
     module = path.rpartition("/")[0] or path
     if noun == "heads of":
-        parts = [m.path.split("/") for m in members]
-        shared = [p for p, *rest in zip(*parts, strict=False) if set(rest) <= {p}]
-        module = "/".join(shared) or module
+        module = "/".join(shared_keys([m.path for m in members])) or module
     name = f"{noun} {module}"
     number = 2
     while name in names:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxcomp.node import densify, flatten
 from jaxcomp.program.releases import source
 from jaxcomp.program.walk import bind, called, trace, walk
+from jaxcomp.tree import shared_keys
 
 
 class Block(NamedTuple):
@@ -309,18 +310,10 @@ def _less(tree: Any, gone: set[str], path: tuple[str, ...] = ()) -> Any:
 def _name(paths: Sequence[str], every: Sequence[str], line: str) -> str:
     """What paths have in common and not all have, or else the line."""
     for skip in (0, 1):  # the second may follow a collection, such as statistics
-        parts = [path.split("/")[skip:] for path in paths]
-        shared = _shared(parts)
-        if len(shared) > len(_shared([path.split("/")[skip:] for path in every])):
+        shared, known = (
+            shared_keys([path.split("/", skip)[-1] for path in some])
+            for some in (paths, every)
+        )
+        if len(shared) > len(known):
             return "/".join(shared)
     return f"block at {line}"
-
-
-def _shared(parts: Sequence[Sequence[str]]) -> list[str]:
-    """The components with which all begin."""
-    found = []
-    for first, *rest in zip(*parts, strict=False):
-        if any(other != first for other in rest):
-            break
-        found.append(first)
-    return found

@@ -46,14 +46,14 @@ Zeros = list[np.ndarray]  # of each operand, along one axis
 
 def elementwise(
     zero: Callable[[Any, list[Value], Zeros], np.ndarray],
-    bad: Callable[[Any, Zeros], np.ndarray] | None = None,
+    bad: Callable[[Any, list[Value], Zeros], np.ndarray] | None = None,
 ) -> Rule:
     """The rule of what is done entry by entry: axes are the same, pair by pair.
 
     Args:
       zero: (equation, what is known of the operands, where each is zero) -> where the
         result is.
-      bad: (equation, where each is zero) -> where the result is not finite.
+      bad: the same -> where the result is not finite.
     """
 
     def rule(book: Book, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -73,7 +73,7 @@ def elementwise(
                 np.full(n, is_zero(x)) | (isinstance(part, Axis) and part.zero)
                 for x, part in zip(ins, parts, strict=True)
             ]
-            lost = np.zeros(n, bool) if bad is None else bad(eqn, known)
+            lost = np.zeros(n, bool) if bad is None else bad(eqn, ins, known)
             book.not_exact(found.labels[lost], f"{book.name(eqn)} of zero")
             axes.append(Axis(found.labels, zero(eqn, ins, known) & ~lost))
         if eqn.primitive.name in SAME:
@@ -120,20 +120,22 @@ def _clamp(eqn: Any, ins: list[Value], zeros: Zeros) -> np.ndarray:
 
 
 def _pow(eqn: Any, ins: list[Value], zeros: Zeros) -> np.ndarray:
-    power = eqn.params["y"] if "y" in eqn.params else ins[1].number
+    power = _power(eqn, ins)
     return zeros[0] & bool(power is not None and power > 0)
 
 
-def _zero_by_zero(eqn: Any, zeros: Zeros) -> np.ndarray:
+def _power(eqn: Any, ins: list[Value]) -> Any:
+    """To which power, if that is known."""
+    return eqn.params["y"] if "y" in eqn.params else ins[1].number
+
+
+def _zero_by_zero(eqn: Any, ins: list[Value], zeros: Zeros) -> np.ndarray:
     return zeros[1]
 
 
-def _at_zero(eqn: Any, zeros: Zeros) -> np.ndarray:
-    return zeros[0]
-
-
-def _negative_pow(eqn: Any, zeros: Zeros) -> np.ndarray:
-    return zeros[0] & bool(eqn.params.get("y", 0) < 0)
+def _no_root(eqn: Any, ins: list[Value], zeros: Zeros) -> np.ndarray:
+    power = _power(eqn, ins)
+    return zeros[0] & bool(power is None or power < 0)
 
 
 def reduce_sum(book: Book, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -179,9 +181,11 @@ def along(key: str) -> Rule:
 
 
 def top_k(book: Book, eqn: Any, ins: list[Value]) -> list[Value]:
-    """The best along the last axis, and where they are."""
-    axes = (*ins[0].axes[:-1], book.freeze(ins[0].axes[-1], book.name(eqn)))
-    return [Value(axes), Value(tuple(map(nonzero, axes)))]
+    """The best along one axis, and where they are."""
+    axes = list(ins[0].axes)
+    at = eqn.params.get("axis", -1)
+    axes[at] = book.freeze(axes[at], book.name(eqn))
+    return [Value(tuple(axes)), Value(tuple(map(nonzero, axes)))]
 
 
 def window(book: Book, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -233,12 +237,13 @@ ZERO_STAYS = (
     *("shift_left", "shift_right_logical", "shift_right_arithmetic"),
 )
 ZERO_GOES = (
-    *("exp", "exp2", "logistic", "cos", "cosh", "acos", "acosh", "erfc", "not"),
-    *("lgamma", "digamma", "is_finite", "eq", "le", "ge"),
-    *("atan2", "nextafter", "igamma", "igammac", "polygamma", "complex"),
+    *("exp", "exp2", "logistic", "cos", "cosh", "acos", "erfc", "not"),
+    *("is_finite", "eq", "le", "ge"),
+    *("atan2", "nextafter", "igamma", "igammac", "complex"),
     *("population_count", "clz", "bitcast_convert_type", "one_minus_square"),
     *("bessel_i0e", "bessel_i1e"),
 )
+NOT_AT_ZERO = (*("rsqrt", "log", "log2", "lgamma", "digamma", "polygamma", "acosh"),)
 ALL_ZERO = ("add", "add_any", "sub", "max", "min", "or", "xor", "gt", "lt", "ne")
 REDUCTIONS = (
     *("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),
@@ -254,8 +259,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(ALL_ZERO, elementwise(_all)),
     **dict.fromkeys(("mul", "and"), elementwise(_any)),
     **dict.fromkeys(("div", "rem"), elementwise(_first, _zero_by_zero)),
-    **dict.fromkeys(("rsqrt", "log", "log2"), elementwise(_never, _at_zero)),
-    **dict.fromkeys(("pow", "integer_pow"), elementwise(_pow, _negative_pow)),
+    **dict.fromkeys(NOT_AT_ZERO, elementwise(_never, _first)),
+    **dict.fromkeys(("pow", "integer_pow"), elementwise(_pow, _no_root)),
     "select_n": elementwise(_cases),
     "clamp": elementwise(_clamp),
     "transpose": transpose,

@@ -127,8 +127,8 @@ def cut(tree: Any, params: Any, families: Groups | Sequence[Family], keep: Keep)
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         parts = path.split("/")
         ends = ("/".join(parts[i:]) for i in range(len(parts)))
-        own = next((end for end in ends if end in owned), None)
-        if own is None or np.size(leaf) == 1:
+        own = next((end for end in ends if end in shapes), None)
+        if own not in owned or np.size(leaf) == 1:
             continue
         if np.shape(leaf) != shapes[own]:
             raise ValueError(
@@ -155,6 +155,11 @@ def cut(tree: Any, params: Any, families: Groups | Sequence[Family], keep: Keep)
 def _check_shapes(params: Any, new: Any) -> None:
     paths, leaves, _ = flatten(params)
     wanted = dict(zip(*flatten(new)[:2], strict=True))
+    if missing := [path for path in wanted if path not in paths]:
+        raise ValueError(
+            f"a function from shrink needs the smaller parameters, got none at "
+            f"{missing[0]!r}."
+        )
     for path, leaf in zip(paths, leaves, strict=True):
         if path not in wanted or np.shape(leaf) != wanted[path].shape:
             has = f"of shape {wanted[path].shape}" if path in wanted else "none there"

@@ -274,3 +274,38 @@ def test_a_scan_without_turns_costs_nothing():
 
     found = coupled_groups(f, shaped(layers=(0, 3, 3)), X)
     assert total(found.multiply_adds, {}) == 0
+
+
+def units(f, **params):
+    found = coupled_groups(f, shaped(up=(3, 4), down=(4, 2), **params), X)
+    return next((x for x in found.families if x.members[0].path == "up"), None)
+
+
+def test_what_is_not_finite_at_zero_makes_a_family_not_exact():
+    def with_power(power):
+        def f(params, x):
+            lengths = (params["up"] ** 2).sum(0, keepdims=True)
+            return (x @ (params["up"] * lengths**power)) @ params["down"]
+
+        return f
+
+    assert "pow at" in units(with_power(-0.5)).reason
+    assert units(with_power(0.5)).exact
+
+
+def test_the_axis_of_a_top_k_stays_and_no_other():
+    def f(params, x):
+        return jax.lax.top_k(x @ params["up"], 4)[0] @ params["down"]
+
+    assert units(f) is None
+
+
+def test_an_output_is_the_parameter_with_the_longest_path():
+    def f(params, x):
+        y = x @ params["up"] @ params["down"]
+        return y, {"a": {"up": params["a"]["up"] * 2}}
+
+    params = {**shaped(up=(3, 4), down=(4, 2)), "a": shaped(up=(3, 4))}
+    found = coupled_groups(f, params, X)
+    owners = [{(m.path, m.axis) for m in x.members} for x in found.families]
+    assert {("up", 1), ("down", 0)} in owners

@@ -373,3 +373,20 @@ def test_the_group_lasso_empties_groups_that_can_then_be_cut():
     assert 0 < keep["units of up"].sum() < 4
     g, smaller, _ = shrink(mlp, trained, keep, X)
     np.testing.assert_allclose(g(smaller, X), mlp(trained, X), rtol=1e-5)
+
+
+def test_a_leaf_is_cut_as_the_parameter_with_the_longest_path():
+    def f(params, x):
+        return mlp(params, x) + (x @ params["more"]["up"])[:, :2]
+
+    params = {**made(), "more": {"up": jnp.ones((3, 4))}}
+    groups = coupled_groups(f, params, X)
+    less = cut({"mu": params}, params, groups, KEEP)
+    assert less["mu"]["up"].shape == (3, 2)
+    assert less["mu"]["more"]["up"].shape == (3, 4)
+
+
+def test_a_parameter_that_is_missing_is_an_error():
+    g, smaller, _ = shrink(mlp, made(), KEEP, X)
+    del smaller["bias"]
+    fails(ValueError, "got none at 'bias'", g, smaller, X)
