@@ -1,8 +1,10 @@
 """jaxcomp: a functional compression toolkit for JAX."""
 
+from jaxcomp import distill as distill
 from jaxcomp import program as program
 from jaxcomp import prune as prune
 from jaxcomp import testing as testing
+from jaxcomp.distill import distill_loss as distill_loss
 from jaxcomp.distill import distill_step as distill_step
 from jaxcomp.distill import ensemble as ensemble
 from jaxcomp.distill import soft_target_loss as soft_target_loss

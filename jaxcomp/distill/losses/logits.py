@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxcomp import _check
 
 
-def soft_target_loss(student: Any, teacher: Any, temperature: float = 2.0) -> jax.Array:
+def soft_target_loss(
+    student: Any, teacher: Any, temperature: float = 2.0, *, mask: Any = None
+) -> jax.Array:
     """How far a student's softened distribution is from its teacher's.
 
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network",
@@ -19,6 +21,7 @@ def soft_target_loss(student: Any, teacher: Any, temperature: float = 2.0) -> ja
       student: float[..., classes] logits.
       teacher: float[..., classes] logits of the same shape.
       temperature: T, which divides the logits; positive.
+      mask: bool[...], False for padding, which costs 0 whatever its logits are.
 
     Returns:
       float32[...], nats per example times ``T**2``; not negative up to rounding, and 0
@@ -36,6 +39,9 @@ def soft_target_loss(student: Any, teacher: Any, temperature: float = 2.0) -> ja
             f"{_check.describe(student)} and teacher {_check.describe(teacher)}."
         )
     check_temperature("soft_target_loss", temperature)
+    if mask is not None:
+        student = jnp.where(mask[..., None], student, 0)
+        teacher = jnp.where(mask[..., None], teacher, 0)
     # 16-bit logits lose the small probabilities that the loss is about.
     ours = jax.nn.log_softmax(jnp.asarray(student, jnp.float32) / temperature)
     theirs = jax.nn.log_softmax(jnp.asarray(teacher, jnp.float32) / temperature)
