@@ -4,10 +4,13 @@ from jaxcomp import distill as distill
 from jaxcomp import program as program
 from jaxcomp import prune as prune
 from jaxcomp import testing as testing
+from jaxcomp.distill import cache_teacher as cache_teacher
 from jaxcomp.distill import distill_loss as distill_loss
 from jaxcomp.distill import distill_step as distill_step
 from jaxcomp.distill import ensemble as ensemble
+from jaxcomp.distill import fit_distill as fit_distill
 from jaxcomp.distill import soft_target_loss as soft_target_loss
+from jaxcomp.distill import with_features as with_features
 from jaxcomp.node import CompressedArray as CompressedArray
 from jaxcomp.node import TiedTensor as TiedTensor
 from jaxcomp.node import densify as densify

@@ -67,7 +67,13 @@ def public(module, whole):
     }
 
 
-ROOMS = {jc: True, jc.prune: True, jc.program: True, jc.testing: False}
+ROOMS = {
+    jc: True,
+    jc.distill: True,
+    jc.prune: True,
+    jc.program: True,
+    jc.testing: False,
+}
 PUBLIC = {n: f for room, deep in ROOMS.items() for n, f in public(room, deep).items()}
 
 

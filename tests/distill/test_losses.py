@@ -1,4 +1,4 @@
-"""The soft target loss against its definition, its limit and its edges."""
+"""Soft targets and logits themselves: definitions, limits, padding and edges."""
 
 import math
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
+from jaxcomp.distill.losses.logits import logit_mse_loss
 
 
 LOGITS = hnp.arrays(np.float32, (3, 5), elements=st.floats(-30, 30, width=32))
@@ -78,6 +79,80 @@ def test_at_high_temperature_the_gradient_matches_centred_logits():
     difference = (student - student.mean()) - (teacher - teacher.mean())
     grad = jax.grad(jc.soft_target_loss)(student, teacher, 1000.0)
     np.testing.assert_allclose(grad, difference / 8, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_at_high_temperature_it_is_half_the_squared_error_of_centred_logits(seed):
+    student, teacher = np.random.default_rng(seed).normal(size=(2, 8))
+    ours, theirs = (np.float32(x - x.mean()) for x in (student, teacher))
+    found = jax.value_and_grad(jc.soft_target_loss)(ours + 3, theirs, 200.0)
+    value, grad = jax.value_and_grad(logit_mse_loss)(ours, theirs)
+    np.testing.assert_allclose(found[0], value / 2, rtol=2e-2)
+    np.testing.assert_allclose(found[1], grad / 2, rtol=2e-2, atol=2e-3)
+
+
+def measured(loss):
+    def total(student, teacher, mask):
+        losses = loss(student, teacher, 2.0, mask=mask)
+        return losses.sum(), losses
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+MEASURED = {loss: measured(loss) for loss in (jc.soft_target_loss, logit_mse_loss)}
+
+
+@given(
+    LOGITS,
+    LOGITS,
+    hnp.arrays(bool, 3),
+    st.sampled_from([np.nan, np.inf, -np.inf]),
+    st.sampled_from([jc.soft_target_loss, logit_mse_loss]),
+)
+def test_padding_never_leaks(student, teacher, mask, padding, loss):
+    bad = [np.where(mask[:, None], x, np.float32(padding)) for x in (student, teacher)]
+    (_, found), grad = MEASURED[loss](*bad, mask)
+    (_, alone), wanted = MEASURED[loss](student, teacher, np.ones(3, bool))
+    np.testing.assert_array_equal(found[~mask], 0)
+    np.testing.assert_array_equal(grad[~mask], 0)
+    np.testing.assert_allclose(found[mask], alone[mask], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grad[mask], wanted[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_are_masked_one_by_one():
+    rng = np.random.default_rng(4)
+    student, teacher = rng.normal(size=(2, 2, 3, 5)).astype(np.float32)
+    mask = np.array([[True, False, True], [False, True, True]])
+    loss = jc.soft_target_loss(student, teacher, mask=mask)
+    whole = jc.soft_target_loss(student, teacher)
+    np.testing.assert_array_equal(loss, np.where(mask, whole, 0))
+
+
+def test_the_squared_error_of_logits_by_hand():
+    student, teacher = jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.array([[0.0, 4.0]] * 2)
+    np.testing.assert_array_equal(logit_mse_loss(student, teacher), [2.5, 8.0])
+    np.testing.assert_array_equal(logit_mse_loss(student, teacher, 7.0), [2.5, 8.0])
+    np.testing.assert_array_equal(logit_mse_loss(teacher, teacher), 0)
+
+
+def test_the_squared_error_leaves_out_classes_that_both_rule_out():
+    student = jnp.array([1.0, -jnp.inf, 0.5])
+    teacher = jnp.array([0.0, -jnp.inf, 0.5])
+    loss, grad = jax.value_and_grad(logit_mse_loss)(student, teacher)
+    assert loss == 0.5
+    np.testing.assert_array_equal(grad, [1, 0, 0])
+    assert logit_mse_loss(student, jnp.zeros(3)) == jnp.inf
+
+
+def test_the_squared_error_of_narrow_logits_is_computed_in_float32(strict):
+    rng = np.random.default_rng(5)
+    student, teacher = jnp.asarray(rng.normal(size=(2, 4, 50)), jnp.bfloat16)
+    loss = jax.jit(logit_mse_loss)(student, teacher)
+    wanted = np.mean((np.float64(student) - np.float64(teacher)) ** 2, axis=-1)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    grad = jax.eval_shape(jax.grad(logit_mse_loss), student[0], teacher[0])
+    assert grad.dtype == jnp.bfloat16
 
 
 def test_classes_are_the_last_axis_and_examples_do_not_mix():
@@ -152,14 +227,35 @@ def test_lowers_for_every_platform():
 
 
 def test_logits_of_two_shapes_are_an_error_that_shows_them():
+    for loss in (jc.soft_target_loss, logit_mse_loss):
+        with pytest.raises(
+            ValueError,
+            match=r"one shape, got student float32\[2\] and teacher float32\[3\]",
+        ):
+            loss(jnp.zeros(2), jnp.zeros(3))
+
+
+def test_a_mask_of_numbers_is_an_error():
+    logits = jnp.zeros((4, 2))
+    with pytest.raises(
+        TypeError, match=r"soft_target_loss needs a mask of bools.*got float32\[4\]"
+    ):
+        jc.soft_target_loss(logits, logits, mask=jnp.ones(4))
+
+
+def test_a_mask_of_another_shape_is_an_error_that_shows_both():
+    logits = jnp.zeros((4, 2))
     with pytest.raises(
         ValueError,
-        match=r"one shape, got student float32\[2\] and teacher float32\[3\]",
+        match=r"logit_mse_loss needs a mask with one value per example, bool\[4\], "
+        r"for logits float32\[4, 2\], got bool\[4, 2\]",
     ):
-        jc.soft_target_loss(jnp.zeros(2), jnp.zeros(3))
+        logit_mse_loss(logits, logits, mask=jnp.ones((4, 2), bool))
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, math.nan, np.float32(0)])
 def test_a_temperature_that_is_not_positive_is_an_error(temperature):
     with pytest.raises(ValueError, match="soft_target_loss needs temperature > 0, got"):
         jc.soft_target_loss(jnp.zeros(2), jnp.zeros(2), temperature)
+    with pytest.raises(ValueError, match="logit_mse_loss needs temperature > 0, got"):
+        logit_mse_loss(jnp.zeros(2), jnp.zeros(2), temperature)
