@@ -291,7 +291,8 @@ def test_the_lower_of_two_equal_classes_comes_first():
 
 def test_gradients_under_shard_map_are_those_without():
     student, targets = normal(0, (3, 6)), targets_of(normal(1, (3, 6)), 3)
-    mesh = jax.make_mesh((1,), ("data",))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=auto)
     spec = jax.sharding.PartitionSpec("data")
     mapped = jax.shard_map(
         lambda z, t: graded(z, t)[1], mesh=mesh, in_specs=spec, out_specs=spec

@@ -75,7 +75,7 @@ def sampled_targets(
     Args:
       key: of `jax.random`.
       logits: float[..., classes] of a teacher, fewer than ``2**31`` classes.
-      draws: how many; at least 1. The paper takes about 50.
+      draws: how many; at least 1.
       temperature: divides the logits; positive.
 
     Returns:
