@@ -44,7 +44,9 @@ from jaxcomp.share import share_to_rate as share_to_rate
 from jaxcomp.share import share_tree as share_tree
 from jaxcomp.share import tie_layers as tie_layers
 from jaxcomp.storage import load as load
+from jaxcomp.storage import read_checkpoint as read_checkpoint
 from jaxcomp.storage import save as save
+from jaxcomp.storage import write_checkpoint as write_checkpoint
 from jaxcomp.train import codebook_pull as codebook_pull
 from jaxcomp.train import decay_learning_rate as decay_learning_rate
 from jaxcomp.train import fake_quantize as fake_quantize
