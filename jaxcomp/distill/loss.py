@@ -118,10 +118,10 @@ def distill_loss(
 
 def cross_entropy(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
     """float32[...]: of logits float[..., classes], 0 where a label is below 0."""
-    labels = jnp.asarray(labels)
-    known = labels >= 0 if mask is None else (labels >= 0) & mask
-    # What has no label may be anything, and 0 times NaN is no zero.
-    logits = jnp.where(known[..., None], jnp.asarray(logits, jnp.float32), 0)
+    labels, logits = jnp.asarray(labels), jnp.asarray(logits, jnp.float32)
+    known = labels >= 0
+    if mask is not None:  # padding may be anything, and 0 times NaN is no zero
+        known, logits = known & mask, jnp.where(mask[..., None], logits, 0)
     values = optax.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(known, labels, 0)
     )

@@ -110,8 +110,9 @@ def test_twice_the_logits_at_twice_the_temperature_cost_four_times_as_much(loss)
 def test_reverse_is_forward_with_the_two_exchanged(student, teacher):
     forward, reverse = all_losses(student, teacher, 2.0, 0.5)[:2]
     swapped, back = all_losses(teacher, student, 2.0, 0.5)[:2]
-    np.testing.assert_array_equal(reverse, swapped)
-    np.testing.assert_array_equal(forward, back)
+    # Two ways to one number, exact to what float32 leaves of logits of this size.
+    np.testing.assert_allclose(reverse, swapped, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(forward, back, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=30)
