@@ -119,13 +119,13 @@ def distill_loss(
 def cross_entropy(logits: Any, labels: Any, mask: Any = None) -> jax.Array:
     """float32[...]: of logits float[..., classes], 0 where a label is below 0."""
     labels, logits = jnp.asarray(labels), jnp.asarray(logits, jnp.float32)
-    known = labels >= 0
+    known, filled = labels >= 0, logits
     if mask is not None:  # padding may be anything, and 0 times NaN is no zero
-        known, logits = known & mask, jnp.where(mask[..., None], logits, 0)
-    values = optax.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.where(known, labels, 0)
-    )
-    return jnp.where(known, values, 0)
+        known, filled = known & mask, jnp.where(mask[..., None], logits, 0)
+    # Picked from the logits as they are: of the others a copy would have to be made.
+    at = jnp.where(known, labels, 0)[..., None]
+    picked = jnp.take_along_axis(logits, at, axis=-1)[..., 0]
+    return jnp.where(known, jax.nn.logsumexp(filled, axis=-1) - picked, 0)
 
 
 def mean_over(values: jax.Array, mask: Any = None) -> jax.Array:
