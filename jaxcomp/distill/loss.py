@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxcomp import _check
 from jaxcomp.distill.losses.logits import check_temperature, soft_target_loss
