@@ -11,11 +11,14 @@ Bits fill a byte from the lowest, as in `jaxcomp.bits`; this file is NumPy, so t
 compiles nothing for the many lengths that streams have.
 """
 
+from collections.abc import Generator, Iterator
+
 import constriction
 import numpy as np
 
 
-_BLOCK = 1 << 22  # symbols; bounds the memory, and what a damaged stream can ask for
+_BLOCK = 1 << 22  # symbols
+_PIECE = 1 << 18  # symbols, a multiple of 8; bounds the memory that decoding takes
 _CODED = 17  # block kinds 0 to 16 are packed, with that many bits a symbol
 _MASS = 1 << 24  # the frequencies of a block add up to this; fixed by constriction
 _TABLE = 1 << 17  # bytes; the runs and roots of 65,536 symbols need fewer
@@ -85,7 +88,7 @@ def encode_symbols(symbols: np.ndarray) -> bytes:
     return b"".join([encode_varint(symbols.size), *blocks])
 
 
-def decode_symbols(data: bytes, size: int | None = None) -> np.ndarray:
+def decode_symbols(data: bytes | memoryview, size: int | None = None) -> np.ndarray:
     """The symbols that `encode_symbols` coded.
 
     Args:
@@ -102,21 +105,38 @@ def decode_symbols(data: bytes, size: int | None = None) -> np.ndarray:
     >>> decode_symbols(bytes.fromhex("04 01 06 06"))
     array([6, 7, 7, 6], dtype=uint8)
     """
+    return np.concatenate([np.zeros(0, np.uint8), *decode_pieces(data, size)])
+
+
+def decode_pieces(
+    data: bytes | memoryview, size: int | None = None
+) -> Iterator[np.ndarray]:
+    """The symbols that `encode_symbols` coded, a piece at a time.
+
+    Besides the pieces it takes less than 64 MiB, whatever ``data`` says.
+
+    Args:
+      data: one whole stream; bytes or a memoryview of them.
+      size: the number of symbols the stream must hold, if the caller knows it.
+
+    Returns:
+      uint8 or uint16 arrays of one dimension, none empty. The symbols so far are of
+      little use until the last has come: it is after it that damage shows.
+
+    Raises:
+      ValueError: at once, ``data`` is no stream of ``size`` symbols; where a piece is
+        asked for, it is not a whole one.
+
+    >>> [piece.tolist() for piece in decode_pieces(bytes.fromhex("04 01 06 06"))]
+    [[6, 7, 7, 6]]
+    """
     left, pos = decode_varint(data, 0)
     if size is not None and left != size:
         raise ValueError(
             f"decode_symbols needs a stream of {size} symbols, got one of {left}. Pass "
             "the size that was encoded, or the stream that belongs to this size."
         )
-    blocks = [np.zeros(0, np.uint8)]
-    while left:
-        count = min(left, _BLOCK)
-        block, pos = _decode_block(data, pos, count, is_last=count == left)
-        blocks.append(block.astype(np.uint8 if block.max() < 256 else np.uint16))
-        left -= count
-    if pos != len(data):
-        raise _damaged(f"{len(data) - pos} bytes follow the last block")
-    return np.concatenate(blocks)
+    return _decode_blocks(data, pos, left)
 
 
 def encode_varint(value: int) -> bytes:
@@ -131,7 +151,7 @@ def encode_varint(value: int) -> bytes:
     return bytes([128 + group for group in groups[:-1]] + groups[-1:])
 
 
-def decode_varint(data: bytes, pos: int) -> tuple[int, int]:
+def decode_varint(data: bytes | memoryview, pos: int) -> tuple[int, int]:
     """The integer that `encode_varint` put at ``data[pos]``, and where it ends.
 
     Raises:
@@ -188,38 +208,62 @@ def _encode_block(symbols: np.ndarray, is_last: bool) -> bytes:
     return packed + _pack(symbols - symbols.dtype.type(base), width)
 
 
+def _decode_blocks(
+    data: bytes | memoryview, pos: int, left: int
+) -> Iterator[np.ndarray]:
+    while left:
+        count = min(left, _BLOCK)
+        pos = yield from _decode_block(data, pos, count, is_last=count == left)
+        left -= count
+    if pos != len(data):
+        raise _damaged(f"{len(data) - pos} bytes follow the last block")
+
+
 def _decode_block(
-    data: bytes, pos: int, count: int, is_last: bool
-) -> tuple[np.ndarray, int]:
+    data: bytes | memoryview, pos: int, count: int, is_last: bool
+) -> Generator[np.ndarray, None, int]:
+    """Yields the symbols of a block, and returns where it ends."""
     if pos >= len(data):
         raise _damaged(f"a block of {count} symbols is missing")
     kind = data[pos]
     if kind > _CODED:
         raise _damaged(f"byte {pos} names the unknown block kind {kind}")
+    pieces = [min(_PIECE, count - i) for i in range(0, count, _PIECE)]
     if kind < _CODED:
         base, pos = decode_varint(data, pos + 1)
         end = pos + (count * kind + 7) // 8
         if end > len(data):
             raise _damaged(f"{end - len(data)} bytes of packed symbols are missing")
-        symbols = _unpack(data[pos:end], count, kind)
-        if base + int(symbols.max()) > 65535:
-            raise _damaged(f"symbols reach {base + int(symbols.max())}, over 65535")
-        return symbols + np.uint16(base), end
-    alphabet, roots, pos = _decode_table(data, pos + 1)
+        for piece in pieces:
+            stop = pos + (piece * kind + 7) // 8
+            symbols = _unpack(data[pos:stop], piece, kind)
+            top = base + int(symbols.max())
+            if top > 65535:
+                raise _damaged(f"symbols reach {top}, over 65535")
+            dtype = np.dtype(np.uint8 if top < 256 else np.uint16)
+            yield symbols.astype(dtype, copy=False) + dtype.type(base)
+            pos = stop
+        return end
+    alphabet, roots, pos = _decode_table(data, pos + 1, count)
     if np.sum(roots.astype(np.int64) ** 2) > 8 * count:  # no counts have such roots
         raise _damaged(f"the table does not fit a block of {count} symbols")
     length, pos = (len(data) - pos, pos) if is_last else decode_varint(data, pos)
-    payload = data[pos : pos + length]
+    width = int(alphabet[-1] - alphabet[0]).bit_length()
+    if 8 * length > count * width + 7:
+        raise _damaged(f"a payload of {length} bytes is longer than packed symbols")
+    payload = bytes(data[pos : pos + length])
     if len(payload) < max(length, 1) or payload.endswith(b"\0"):
         raise _damaged(f"a payload of {length} bytes is cut off or ends in a zero")
-    words = np.frombuffer(payload + bytes(-length % 4), "<u4").astype(np.uint32)
-    coder = constriction.stream.stack.AnsCoder(words)
-    ranks = coder.decode(_model(roots), count)
+    words = np.frombuffer(payload + bytes(-length % 4), "<u4")
+    coder = constriction.stream.stack.AnsCoder(words.astype(np.uint32, copy=False))
+    model = _model(roots)
+    for piece in pieces:
+        yield alphabet[coder.decode(model, piece)]
     if not coder.is_empty():  # decoding undoes encoding down to the empty stack
         raise _damaged(
             f"a payload of {length} bytes does not decode to {count} symbols"
         )
-    return alphabet[ranks], pos + length
+    return pos + length
 
 
 def _model(roots: np.ndarray) -> constriction.stream.model.Categorical:
@@ -246,13 +290,16 @@ def _encode_table(alphabet: np.ndarray, roots: np.ndarray) -> bytes:
     )
 
 
-def _decode_table(data: bytes, pos: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _decode_table(
+    data: bytes | memoryview, pos: int, count: int
+) -> tuple[np.ndarray, np.ndarray, int]:
     window = np.frombuffer(data[pos : pos + _TABLE], np.uint8)
     bits = (np.unpackbits(window, bitorder="little") + ord("0")).tobytes()
     runs, at = _decode_gamma(bits, 0)
     first, at = _decode_gamma(bits, at)
     edges = [first - 1]
-    while len(edges) < 2 * runs and edges[-1] < 65536:
+    most = 2 * min(runs, count)  # every run has a symbol that occurs
+    while len(edges) < most and edges[-1] < 65536:
         step, at = _decode_gamma(bits, at)
         edges.append(edges[-1] + step)
     if len(edges) < 2 * runs or not edges[0] + 2 <= edges[-1] <= 65536:
@@ -260,7 +307,7 @@ def _decode_table(data: bytes, pos: int) -> tuple[np.ndarray, np.ndarray, int]:
     width, at = _decode_gamma(bits, at)
     alphabet = np.concatenate(
         [np.arange(*run) for run in zip(edges[::2], edges[1::2], strict=True)]
-    ).astype(np.uint16)
+    ).astype(np.uint8 if edges[-1] <= 256 else np.uint16)
     pos += (at + 7) // 8
     end = pos + (alphabet.size * width + 7) // 8
     if width > 16 or end > len(data):
@@ -288,12 +335,13 @@ def _pack(values: np.ndarray, width: int) -> bytes:
     return np.packbits(bits, bitorder="little").tobytes()
 
 
-def _unpack(data: bytes, count: int, width: int) -> np.ndarray:
+def _unpack(data: bytes | memoryview, count: int, width: int) -> np.ndarray:
     if width in (8, 16):
-        return np.frombuffer(data, f"<u{width // 8}").astype(np.uint16)
+        return np.frombuffer(data, f"<u{width // 8}")
     window = np.frombuffer(data, np.uint8)
     bits = np.unpackbits(window, count=count * width, bitorder="little")
-    values = np.zeros(count, np.uint16)
+    dtype = np.dtype(np.uint8 if width <= 8 else np.uint16)
+    values = np.zeros(count, dtype)
     for i, column in enumerate(bits.reshape(count, width).T):
-        values |= column.astype(np.uint16) << i
+        values |= column.astype(dtype) << i
     return values

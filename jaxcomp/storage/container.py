@@ -10,8 +10,10 @@ specification. Nothing in a file is ever executed.
 
 import dataclasses
 import json
-import math
+import operator
 import os
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,12 @@ import numpy as np
 
 from jaxcomp import _check
 from jaxcomp import bits as packing
-from jaxcomp.entropy import decode_symbols, decode_varint, encode_symbols, encode_varint
+from jaxcomp.entropy import encode_symbols, encode_varint
 from jaxcomp.node import CompressedArray, TiedTensor, flatten, is_compressed
 from jaxcomp.quant import QTensor
 from jaxcomp.share import SharedTensor
-from jaxcomp.storage.file import NATIVE, VERSION, read_file, write_file
-from jaxcomp.storage.planes import decode_array, encode_array
+from jaxcomp.storage import file as files
+from jaxcomp.storage.planes import POOL, Fields, encode_array, is_number, plan_fields
 from jaxcomp.storage.structure import decode_tree, encode_tree
 from jaxcomp.tree import list_paths
 
@@ -39,7 +41,6 @@ KINDS: dict[str, tuple[type[CompressedArray], tuple[str, ...]]] = {
 }
 
 ENTRY = 60  # bytes that one more tensor takes in the header, besides its name
-POOL = "__pool__"  # the tensor that short coded leaves share
 _SHORT = 4096  # bytes; what is longer is worth a name of its own
 
 
@@ -60,6 +61,7 @@ def save(path: str | os.PathLike, tree: Any) -> int:
     Raises:
       TypeError: a leaf or a key is of a type that has no place in a file.
       ValueError: two leaves have the same path.
+      OSError: the disk is full, the folder cannot be written to and the like.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +69,15 @@ def save(path: str | os.PathLike, tree: Any) -> int:
     True
     """
     tensors: dict[str, np.ndarray] = {}
+    paths: set[str] = set()
     pool = bytearray()
+
+    def check_new(name: str, taken: Iterable[str]) -> None:
+        if name in taken:
+            raise ValueError(
+                f"save needs a path of its own for every leaf, but two are {name!r}. "
+                "Rename a key that has a '/'."
+            )
 
     def put(name: str, array: np.ndarray) -> None:
         if name == "__metadata__":
@@ -75,18 +85,16 @@ def save(path: str | os.PathLike, tree: Any) -> int:
                 "save needs another name for the leaf '__metadata__', which "
                 "safetensors keeps to itself."
             )
-        if name in tensors:
-            raise ValueError(
-                f"save needs a path of its own for every leaf, but two are {name!r}. "
-                "Rename a key that has a '/'."
-            )
+        check_new(name, tensors)
         tensors[name] = array
 
     def leaf_spec(path: str, leaf: Any) -> Any:
+        check_new(path, paths)
+        paths.add(path)
         spec, arrays = _leaf_parts(path, leaf)
         packed = {_field(path, key): a for key, a in arrays.items()}
         size = sum(a.nbytes + len(name) + ENTRY for name, a in packed.items())
-        exact = all(a.dtype.name in NATIVE.values() for a in arrays.values())
+        exact = all(a.dtype.name in files.NATIVE.values() for a in arrays.values())
         if arrays and (not exact or size > 2 * ENTRY):
             blob = _encode_fields(leaf, arrays)
             coded = [*spec, {key: _field_spec(a) for key, a in arrays.items()}]
@@ -105,17 +113,24 @@ def save(path: str | os.PathLike, tree: Any) -> int:
     structure = json.dumps(encode_tree(tree, leaf_spec), separators=(",", ":"))
     if pool:
         put(POOL, np.frombuffer(bytes(pool), np.uint8))
-    return write_file(Path(path), structure, tensors)
+    return files.write_file(Path(path), structure, tensors)
 
 
-def load(path: str | os.PathLike, *, like: Any = None) -> Any:
+def load(
+    path: str | os.PathLike, *, like: Any = None, max_bytes: int | None = None
+) -> Any:
     """Reads what `save` wrote, bit for bit.
+
+    The file may come from anybody: all that it says is checked, and nothing executed.
 
     Args:
       path: the file.
       like: a tree of the same paths, whose structure the result takes: NamedTuples,
         ``nnx.State``, Equinox modules. Its arrays may be shape structs; what in it is
         not an array stays. None gives dicts, lists and tuples.
+      max_bytes: bytes that the arrays may take in memory, besides 64 MiB to work in;
+        more is refused before anything is decoded. None allows 256 times the size of
+        the file, but at least 1 GiB.
 
     Returns:
       The tree. Arrays are JAX arrays; those of a dtype that JAX would narrow (float64
@@ -123,8 +138,8 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is truncated, damaged, of a newer version, not a jaxcomp file, or
-        does not fit ``like``. The error names the first tensor or leaf at fault.
+      FileFault: a `ValueError` that says where it is damaged, hostile or too large.
+      ValueError: it does not fit ``like``.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -132,21 +147,39 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
     ...     load(folder + "/w.jxc")
     {'kernel': Array([1., 1.], dtype=float32), 'step': 3}
     """
-    structure, tensors = read_file(Path(path))
-
-    def leaf(name: str, spec: Any) -> Any:
-        try:
-            return _leaf(name, spec, tensors)
-        except Exception as error:  # a spec comes from outside: it may hold anything
-            raise ValueError(f"leaf {name!r}: {error}") from error
-
-    try:
-        tree = decode_tree(json.loads(structure), leaf)
-    except Exception as error:
-        raise ValueError(
-            f"load cannot read {path}, whose structure makes no sense: {error}."
-        ) from error
+    structure, leaves, tensors, fields = _open(path, max_bytes)
+    leaves.check_size("the arrays", sum(leaves.sizes.values()))
+    _check_pool(leaves.path, fields, tensors)
+    tree = decode_tree(structure, lambda name, spec: leaves[name])
     return tree if like is None else _into(like, tree, path)
+
+
+def open_file(
+    path: str | os.PathLike, *, max_bytes: int | None = None
+) -> Mapping[str, Any]:
+    """The leaves of a file by path, each read and decoded when it is asked for.
+
+    Only the header is read at once. The file, which is mapped into memory, may be
+    replaced or deleted meanwhile, but must not be written to in place.
+
+    Args:
+      path: a file of `save`.
+      max_bytes: bytes that the arrays of one leaf may take in memory; see `load`.
+
+    Returns:
+      A mapping in the order of the tree. To ask twice is to decode twice.
+
+    Raises:
+      FileFault: as `load`; for a tensor or a leaf, once it is asked for.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = save(folder + "/w.jxc", {"a": jnp.zeros(9), "b": [jnp.ones(2), 7]})
+    ...     leaves = open_file(folder + "/w.jxc")
+    ...     list(leaves), leaves["b/0"]
+    (['a', 'b/0', 'b/1'], Array([1., 1.], dtype=float32))
+    """
+    return _open(path, max_bytes)[1]
 
 
 def _field_spec(array: np.ndarray) -> list:
@@ -181,7 +214,7 @@ def _leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
     if isinstance(leaf, jax.core.Tracer):
         raise TypeError(f"save needs arrays, but leaf {path!r} is traced: leave jit.")
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        if not _is_number(leaf.dtype):
+        if not is_number(leaf.dtype):
             raise TypeError(
                 f"save needs numbers, but leaf {path!r} is {_check.describe(leaf)}."
             )
@@ -195,21 +228,10 @@ def _leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
     )
 
 
-def _is_number(dtype: Any) -> bool:
-    """Whether JAX and every reader know the dtype; none knows long doubles."""
-    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-    known = dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
-    return known and dtype.itemsize <= (16 if is_complex else 8)
-
-
 def _plain(x: Any) -> np.ndarray:
     """In C order and the machine's byte order, which safetensors takes as they are."""
     array = np.asarray(x, order="C")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder())
-
-
-def _is_codes(kind: str, field: str) -> bool:
-    return kind in KINDS and field in KINDS[kind][1]
 
 
 def symbols(node: Any, field: str) -> np.ndarray:
@@ -221,9 +243,10 @@ def symbols(node: Any, field: str) -> np.ndarray:
 
 def _encode_fields(leaf: Any, arrays: dict[str, np.ndarray]) -> bytes:
     """Each array coded, behind its length as a varint."""
+    codes = KINDS[type(leaf).__name__][1] if is_compressed(leaf) else ()
     parts = []
     for name, array in arrays.items():
-        if _is_codes(type(leaf).__name__, name):
+        if name in codes:
             part = encode_symbols(symbols(leaf, name))
         else:
             part = encode_array(array)
@@ -231,79 +254,119 @@ def _encode_fields(leaf: Any, arrays: dict[str, np.ndarray]) -> bytes:
     return b"".join(parts)
 
 
-def _decode_fields(
-    kind: str, static: dict[str, Any], fields: dict[str, list], data: Any
-) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays coded in a buffer of bytes, and where they end."""
-    arrays, start = {}, 0
-    for name, spec in fields.items():
-        length, start = decode_varint(data, start)
-        part, start = bytes(data[start : start + length]), start + length
-        named = isinstance(spec[0], str) if spec else False
-        dtype, shape = spec[0] if named else "uint8", tuple(spec[named:])
-        if _is_codes(kind, name):
-            count = shape[-1] * 8 // static["bits"]
-            codes = decode_symbols(part, math.prod(shape[:-1]) * count)
-            rows = jnp.asarray(codes.reshape(*shape[:-1], count))
-            arrays[name] = np.asarray(packing.pack(rows, static["bits"]))
-        else:
-            arrays[name] = decode_array(part, jnp.dtype(dtype), shape)
-    return arrays, start
+def _open(
+    path: str | os.PathLike, max_bytes: int | None
+) -> tuple[Any, files.Leaves, files.Tensors, list[Fields]]:
+    """The structure of a file as JSON, its leaves, and what they are made of."""
+    limit = files.default_limit(path) if max_bytes is None else max_bytes
+    text, tensors = files.map_file(Path(path), limit)
+    loose, plans = set(tensors), dict[str, tuple[Fields, Callable[[dict], Any]]]()
+
+    def plan(name: str, spec: Any) -> None:
+        try:
+            if name in plans:
+                raise ValueError("another has the same path")
+            plans[name] = fields, _ = _plan(name, spec, tensors.views)
+            needed = set(fields.tensors.values())
+            if not needed <= loose | {POOL}:
+                raise ValueError(f"another has one of the tensors {sorted(needed)}")
+            loose.difference_update(needed)
+        except Exception as error:  # a spec comes from outside: it may hold anything
+            raise ValueError(f"leaf {name!r}: {error}") from error
+
+    def read(name: str) -> Any:
+        fields, make = plans[name]
+        return make({k: _to_jax(x) for k, x in fields.read(tensors).items()})
+
+    try:
+        structure = files.parse_json(text)
+        files.check_paths(structure, limit)
+        decode_tree(structure, plan)
+        if loose:
+            raise ValueError(f"no leaf has the tensor {min(loose)!r}")
+    except Exception as error:
+        dict(tensors)  # a damaged name does not fit either, but has a wrong checksum
+        raise files.FileFault(
+            f"load cannot read {path}, whose structure makes no sense: {error}."
+        ) from error
+    sizes = {name: fields.nbytes() for name, (fields, _) in plans.items()}
+    leaves = files.Leaves(tensors.path, sizes, read, limit)
+    return structure, leaves, tensors, [fields for fields, _ in plans.values()]
 
 
-def _leaf(path: str, spec: Any, tensors: dict[str, np.ndarray]) -> Any:
-    """The leaf that a spec describes; its arrays are taken out of ``tensors``."""
-    match spec:
-        case ["value", value]:
-            return value
-        case 0:
-            return _to_jax(tensors.pop(path))
+def _check_pool(path: Path, fields: list[Fields], tensors: files.Tensors) -> None:
+    """Refuses to decode a part of the pool for more than one leaf, or for none."""
+    pooled = [f for f in fields if f.offset is not None and f.tensors[""] == POOL]
+    pool = tensors[POOL] if pooled else np.zeros(0, np.uint8)
+    reached = 0
+    try:
+        for start, end in [*sorted(f.range_in(pool) for f in pooled), (pool.size, 0)]:
+            if start != reached:
+                raise ValueError(f"byte {reached} is next, not byte {start}")
+            reached = end
+    except ValueError as error:
+        raise files.damaged(path, f"tensor {POOL!r}: {error}") from error
+
+
+def _plan(
+    path: str, spec: Any, views: Mapping[str, np.ndarray]
+) -> tuple[Fields, Callable[[dict[str, Any]], Any]]:
+    """The fields of the leaf that a spec describes, and what makes the leaf of them."""
+    bits, live = dict[str, int](), [""]
+    make: Callable[[dict[str, Any]], Any] = operator.itemgetter("")
+    match ["array"] if spec == 0 else spec:
+        case ["value", bool() | int() | float() | str() as value]:
+            return Fields({}, {}), lambda arrays: value
         case ["array", *coded]:
-            return _to_jax(_arrays(path, "array", {}, coded, ("",), tensors)[""])
-        case ["key", kind, *coded]:
-            data = _arrays(path, "key", {}, coded, ("",), tensors)[""]
-            return jax.random.wrap_key_data(jnp.asarray(data), impl=kind)
-        case [kind, values, *coded] if kind in KINDS:
+            pass
+        case ["key", str(impl), *coded]:
+
+            def make(arrays: dict[str, Any]) -> Any:
+                return jax.random.wrap_key_data(arrays[""], impl=impl)
+
+        case [str(kind), list(values), *coded] if kind in KINDS:
             cls: Any = KINDS[kind][0]
-            fields = dataclasses.fields(cls)
-            fixed = [f.name for f in fields if f.metadata.get("static")]
-            values = [tuple(v) if isinstance(v, list) else v for v in values]
-            static = dict(zip(fixed, values, strict=True))
-            live = [f.name for f in fields if f.name not in fixed]
-            found = _arrays(path, kind, static, coded, tuple(live), tensors)
-            arrays = {name: None for name in live} | {
-                name: _to_jax(array) for name, array in found.items()
-            }
-            return cls(**static, **arrays)
-    raise ValueError(f"{spec!r} describes no leaf of version {VERSION}")
+            static = _static(cls, values)
+            live = [f.name for f in dataclasses.fields(cls) if f.name not in static]
+            bits = {name: static["bits"] for name in KINDS[kind][1]}
+
+            def make(arrays: dict[str, Any]) -> Any:
+                return cls(**dict.fromkeys(live) | static | arrays)
+
+        case _:
+            raise ValueError(f"{reprlib.repr(spec)} is none of version {files.VERSION}")
+    names = {name: _field(path, name) for name in live}
+    fields = plan_fields(path, names, coded, bits, views)
+    if live == [""] and not fields.arrays:
+        raise ValueError("it has no array")
+    return fields, make
 
 
-def _arrays(
-    path: str,
-    kind: str,
-    static: dict[str, Any],
-    coded: list,
-    names: tuple[str, ...],
-    tensors: dict[str, np.ndarray],
-) -> dict[str, np.ndarray]:
-    """The arrays of a leaf by field, from either profile."""
-    if len(coded) == 2:
-        pool = tensors[POOL].data[coded[1] :]
-        return _decode_fields(kind, static, coded[0], pool)[0]
-    if coded:
-        data = tensors.pop(path).tobytes()
-        arrays, end = _decode_fields(kind, static, coded[0], data)
-        if end != len(data):
-            raise ValueError(f"{len(data) - end} bytes are left over")
-        return arrays
-    stored = {name: _field(path, name) for name in names}
-    return {name: tensors.pop(key) for name, key in stored.items() if key in tensors}
+def _static(cls: Any, values: list) -> dict[str, Any]:
+    """The static values of a node by name, each of its type."""
+    fields = [f for f in dataclasses.fields(cls) if f.metadata.get("static")]
+    static = {}
+    for field, value in zip(fields, values, strict=True):
+        if field.type is str:
+            is_right = isinstance(value, str)
+        else:  # int, bool or tuple[int, ...]
+            numbers = value if isinstance(value, list) else [value]
+            is_right = isinstance(value, list) == (field.type not in (int, bool))
+            is_right &= all(isinstance(n, int) and n >= 0 for n in numbers)
+        if not is_right or (field.type is bool and value > 1):
+            raise ValueError(f"its {field.name} cannot be {reprlib.repr(value)}")
+        static[field.name] = tuple(value) if isinstance(value, list) else value
+    return static
 
 
 def _to_jax(array: np.ndarray) -> Any:
-    """A JAX array, unless JAX would narrow it."""
-    keeps = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
-    return jnp.asarray(array) if keeps else array
+    """A JAX array, unless JAX would narrow it; nobody else may hold ``array``."""
+    if array.dtype == np.bool_ and np.any(array.view(np.uint8) > 1):
+        raise ValueError("a bool is neither 0 nor 1")
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        return array
+    is_long = array.nbytes >= 1 << 16  # what is short is copied faster
+    return jax.device_put(array, may_alias=True) if is_long else jnp.asarray(array)
 
 
 def _into(like: Any, tree: Any, path: Any) -> Any:
