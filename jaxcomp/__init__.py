@@ -43,8 +43,12 @@ from jaxcomp.share import palettize_to_rate as palettize_to_rate
 from jaxcomp.share import share_to_rate as share_to_rate
 from jaxcomp.share import share_tree as share_tree
 from jaxcomp.share import tie_layers as tie_layers
+from jaxcomp.storage import FileFault as FileFault
 from jaxcomp.storage import load as load
+from jaxcomp.storage import open_file as open_file
 from jaxcomp.storage import read_checkpoint as read_checkpoint
+from jaxcomp.storage import read_notes as read_notes
+from jaxcomp.storage import restore_checkpoint as restore_checkpoint
 from jaxcomp.storage import save as save
 from jaxcomp.storage import write_checkpoint as write_checkpoint
 from jaxcomp.train import codebook_pull as codebook_pull

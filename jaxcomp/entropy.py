@@ -11,13 +11,13 @@ Bits fill a byte from the lowest, as in `jaxcomp.bits`; this file is NumPy, so t
 compiles nothing for the many lengths that streams have.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import constriction
 import numpy as np
 
 
-_BLOCK = 1 << 22  # symbols
+BLOCK = 1 << 22  # symbols
 _PIECE = 1 << 18  # symbols, a multiple of 8; bounds the memory that decoding takes
 _CODED = 17  # block kinds 0 to 16 are packed, with that many bits a symbol
 _MASS = 1 << 24  # the frequencies of a block add up to this; fixed by constriction
@@ -51,13 +51,16 @@ def order0_entropy(counts: np.ndarray) -> float:
     return float(seen @ np.log2(seen.sum() / seen) / seen.sum())
 
 
-def encode_symbols(symbols: np.ndarray) -> bytes:
+def encode_symbols(
+    symbols: np.ndarray, block: Callable[[np.ndarray, bool], bytes] | None = None
+) -> bytes:
     """Codes a stream of small unsigned integers close to its order-0 entropy.
 
     The bytes depend on the symbols alone, not on the dtype, process or platform.
 
     Args:
       symbols: uint8[size] or uint16[size].
+      block: does what `encode_block` does, maybe elsewhere; None for that itself.
 
     Returns:
       A self-describing stream for `decode_symbols`, never longer than the symbols
@@ -81,9 +84,10 @@ def encode_symbols(symbols: np.ndarray) -> bytes:
         raise ValueError(
             f"encode_symbols needs one axis, got shape {symbols.shape}. Flatten it."
         )
+    code = block or encode_block
     blocks = [
-        _encode_block(symbols[i : i + _BLOCK], is_last=i + _BLOCK >= symbols.size)
-        for i in range(0, symbols.size, _BLOCK)
+        code(symbols[i : i + BLOCK], i + BLOCK >= symbols.size)
+        for i in range(0, symbols.size, BLOCK)
     ]
     return b"".join([encode_varint(symbols.size), *blocks])
 
@@ -109,7 +113,9 @@ def decode_symbols(data: bytes | memoryview, size: int | None = None) -> np.ndar
 
 
 def decode_pieces(
-    data: bytes | memoryview, size: int | None = None
+    data: bytes | memoryview,
+    size: int | None = None,
+    ranks: Callable[[bytes, np.ndarray, int], Iterator[np.ndarray]] | None = None,
 ) -> Iterator[np.ndarray]:
     """The symbols that `encode_symbols` coded, a piece at a time.
 
@@ -118,6 +124,7 @@ def decode_pieces(
     Args:
       data: one whole stream; bytes or a memoryview of them.
       size: the number of symbols the stream must hold, if the caller knows it.
+      ranks: does what `decode_ranks` does, maybe elsewhere; None for that itself.
 
     Returns:
       uint8 or uint16 arrays of one dimension, none empty. The symbols so far are of
@@ -136,7 +143,7 @@ def decode_pieces(
             f"decode_symbols needs a stream of {size} symbols, got one of {left}. Pass "
             "the size that was encoded, or the stream that belongs to this size."
         )
-    return _decode_blocks(data, pos, left)
+    return _decode_blocks(data, pos, left, ranks or decode_ranks)
 
 
 def encode_varint(value: int) -> bytes:
@@ -178,8 +185,9 @@ def _damaged(what: str) -> ValueError:
     )
 
 
-def _encode_block(symbols: np.ndarray, is_last: bool) -> bytes:
-    counts = np.bincount(symbols)
+def encode_block(symbols: np.ndarray, is_last: bool) -> bytes:
+    """A block of a stream: at least one and at most ``BLOCK`` symbols."""
+    counts = _histogram(symbols)
     alphabet = np.flatnonzero(counts)
     counts = counts[alphabet]
     base = int(alphabet[0])
@@ -208,19 +216,52 @@ def _encode_block(symbols: np.ndarray, is_last: bool) -> bytes:
     return packed + _pack(symbols - symbols.dtype.type(base), width)
 
 
+def decode_ranks(payload: bytes, roots: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    """The symbols of a coded block, a piece at a time, as places in its alphabet.
+
+    Args:
+      payload: what the coder wrote, without the zeros at its end.
+      roots: uint16[alphabet]; what its table says of each symbol.
+      count: the symbols of the block.
+
+    Raises:
+      ValueError: after the last piece, it does not decode to so many.
+    """
+    words = np.frombuffer(payload + bytes(-len(payload) % 4), "<u4")
+    coder = constriction.stream.stack.AnsCoder(words.astype(np.uint32, copy=False))
+    model = _model(roots)
+    for start in range(0, count, _PIECE):
+        yield coder.decode(model, min(_PIECE, count - start))
+    if not coder.is_empty():  # decoding undoes encoding down to the empty stack
+        raise _damaged(
+            f"a payload of {len(payload)} bytes does not decode to {count} symbols"
+        )
+
+
+def _histogram(symbols: np.ndarray) -> np.ndarray:
+    """What `numpy.bincount` gives, which takes as long for two bytes as for one."""
+    if symbols.dtype != np.uint8 or symbols.size < 1 << 18:
+        return np.bincount(symbols)
+    even = symbols[: symbols.size & ~1].view(np.uint16)
+    pairs = np.bincount(even, minlength=1 << 16).reshape(256, 256)
+    counts = pairs.sum(axis=0) + pairs.sum(axis=1)
+    counts += np.bincount(symbols[even.size * 2 :], minlength=256)
+    return counts
+
+
 def _decode_blocks(
-    data: bytes | memoryview, pos: int, left: int
+    data: bytes | memoryview, pos: int, left: int, ranks: Callable
 ) -> Iterator[np.ndarray]:
     while left:
-        count = min(left, _BLOCK)
-        pos = yield from _decode_block(data, pos, count, is_last=count == left)
+        count = min(left, BLOCK)
+        pos = yield from _decode_block(data, pos, count, count == left, ranks)
         left -= count
     if pos != len(data):
         raise _damaged(f"{len(data) - pos} bytes follow the last block")
 
 
 def _decode_block(
-    data: bytes | memoryview, pos: int, count: int, is_last: bool
+    data: bytes | memoryview, pos: int, count: int, is_last: bool, ranks: Callable
 ) -> Generator[np.ndarray, None, int]:
     """Yields the symbols of a block, and returns where it ends."""
     if pos >= len(data):
@@ -228,13 +269,13 @@ def _decode_block(
     kind = data[pos]
     if kind > _CODED:
         raise _damaged(f"byte {pos} names the unknown block kind {kind}")
-    pieces = [min(_PIECE, count - i) for i in range(0, count, _PIECE)]
     if kind < _CODED:
         base, pos = decode_varint(data, pos + 1)
         end = pos + (count * kind + 7) // 8
         if end > len(data):
             raise _damaged(f"{end - len(data)} bytes of packed symbols are missing")
-        for piece in pieces:
+        for start in range(0, count, _PIECE):
+            piece = min(_PIECE, count - start)
             stop = pos + (piece * kind + 7) // 8
             symbols = _unpack(data[pos:stop], piece, kind)
             top = base + int(symbols.max())
@@ -254,15 +295,8 @@ def _decode_block(
     payload = bytes(data[pos : pos + length])
     if len(payload) < max(length, 1) or payload.endswith(b"\0"):
         raise _damaged(f"a payload of {length} bytes is cut off or ends in a zero")
-    words = np.frombuffer(payload + bytes(-length % 4), "<u4")
-    coder = constriction.stream.stack.AnsCoder(words.astype(np.uint32, copy=False))
-    model = _model(roots)
-    for piece in pieces:
-        yield alphabet[coder.decode(model, piece)]
-    if not coder.is_empty():  # decoding undoes encoding down to the empty stack
-        raise _damaged(
-            f"a payload of {length} bytes does not decode to {count} symbols"
-        )
+    for found in ranks(payload, roots, count):
+        yield alphabet[found]
     return pos + length
 
 

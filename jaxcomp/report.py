@@ -15,7 +15,7 @@ from rich.table import Table
 from jaxcomp import _check
 from jaxcomp.entropy import order0_entropy
 from jaxcomp.node import densify, flatten, is_compressed
-from jaxcomp.storage.container import KINDS, symbols
+from jaxcomp.storage.leaves import KINDS, symbols
 from jaxcomp.tree import NOT_MATRICES, last_key, strays
 
 

@@ -260,7 +260,7 @@ def test_the_reference_decoder_reads_the_words_of_constriction(size, alphabet, w
 
 @pytest.mark.parametrize("size", [2000, 2500, 3000])
 def test_long_streams_are_independent_blocks(monkeypatch, size):
-    monkeypatch.setattr(entropy, "_BLOCK", 1000)
+    monkeypatch.setattr(entropy, "BLOCK", 1000)
     stream = draw(2, size, [0, 1, 5], [90, 9, 1])
     stream[1000:2000] = np.arange(1000) % 4  # this block is packed, the others coded
     data = encode_symbols(stream)
@@ -394,7 +394,7 @@ def test_damaged_streams_say_what_is_wrong(data, message):
 
 
 def test_a_cut_inside_a_block_is_noticed(monkeypatch):
-    monkeypatch.setattr(entropy, "_BLOCK", 1000)
+    monkeypatch.setattr(entropy, "BLOCK", 1000)
     data = encode_symbols(draw(12, 2000, [0, 1, 5], [90, 9, 1]))
     with pytest.raises(ValueError, match="a payload of .* bytes is cut off"):
         decode_symbols(data[:60])

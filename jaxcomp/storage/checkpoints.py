@@ -23,18 +23,19 @@ import numpy as np
 from jaxcomp import _check
 from jaxcomp.node import flatten, is_compressed
 from jaxcomp.storage.container import load, save
+from jaxcomp.storage.draft import DTYPES, replacing
+from jaxcomp.storage.fields import is_number
+from jaxcomp.storage.like import into
 from jaxcomp.storage.named_arrays import (
-    DTYPES,
     check_absent,
     read_npz,
     read_safetensors,
     read_sharded,
-    replacing,
     write_npz,
     write_safetensors,
     write_sharded,
 )
-from jaxcomp.storage.parts import is_key, is_number, join_parts, part_tree, to_jax
+from jaxcomp.storage.parts import is_key, join_parts, part_tree
 from jaxcomp.tree import list_paths
 
 
@@ -81,7 +82,7 @@ def read_checkpoint(path: str | os.PathLike, *, like: Any = None) -> Any:
     """
     path = Path(path).absolute()
     tree = _reader(path)(path)
-    return tree if like is None else _into(like, tree, path)
+    return tree if like is None else into("read_checkpoint", like, tree, path)
 
 
 def write_checkpoint(
@@ -333,59 +334,3 @@ def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
             return arrays
         inner[last] = x
     return tree
-
-
-def _into(like: Any, tree: Any, path: Path) -> Any:
-    """The leaves of ``tree`` in the structure of ``like``."""
-    paths, models, treedef = flatten(like)
-    found = dict(zip(*flatten(tree)[:2], strict=True))
-    wanted = [p for p, model in zip(paths, models, strict=True) if _is_stored(model)]
-    names = dict(zip(paths, paths, strict=True))
-    if set(wanted) != set(found):
-        names = _plain_names(paths)
-        found = {name: found[p] for p, name in _plain_names(list(found)).items()}
-        odd = sorted({names[p] for p in wanted} ^ set(found))
-        if odd:
-            where = path.name if odd[0] in found else "`like`"
-            raise ValueError(
-                f"read_checkpoint needs `like` and {path} to have the same leaves, but "
-                f"only {where} has {odd[0]!r} ({len(odd)} such). The file's are "
-                f"{list_paths(list(found))}."
-            )
-    leaves = []
-    for name, model in zip(paths, models, strict=True):
-        leaf = found.get(names[name], model)
-        if _kind(leaf, model) != _kind(model, model):
-            raise ValueError(
-                "read_checkpoint needs `like` to have the shapes and dtypes of "
-                f"{path}, but leaf {name!r} is {_kind(leaf, model)} in the file and "
-                f"{_kind(model, model)} in `like`. Change `like`, or read without it "
-                "and convert the leaf."
-            )
-        keeps = isinstance(model, np.ndarray) or not _check.is_array(model)
-        leaves.append(leaf if keeps else to_jax(leaf))
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def _kind(leaf: Any, model: Any) -> str:
-    """What a leaf has to have in common with the model of it."""
-    if _check.is_array(model):
-        return _check.describe(leaf) if _check.is_array(leaf) else type(leaf).__name__
-    return f"of shape {list(np.shape(leaf))}"
-
-
-def _is_stored(leaf: Any) -> bool:
-    """Whether a leaf is one of a checkpoint, and not a function, say."""
-    return _check.is_array(leaf) or isinstance(leaf, bool | int | float | str)
-
-
-def _plain_names(paths: list[str]) -> dict[str, str]:
-    """Each path as far as PyTorch, Flax and an ``nnx.State`` agree on it."""
-    names = {p: p.replace(".", "/").removesuffix("/value") for p in paths}
-    if len(set(names.values())) < len(paths):
-        raise ValueError(
-            "read_checkpoint cannot match the paths of `like` and the file, which "
-            'differ, with "." for "/" and without "/value": two leaves then have the '
-            f"same path. They are {list_paths(sorted(paths))}. Rename a key."
-        )
-    return names

@@ -3,117 +3,111 @@
 Each leaf is stored in the smaller of two profiles. *Packed*: its arrays are named
 tensors of their own dtype, which any safetensors reader sees. *Coded*: its arrays are
 entropy coded, one after the other, in one uint8 tensor under the leaf's path or, where
-that would be short, in a tensor that such leaves share. The header's single metadata
-entry, ``jaxcomp``, holds the structure and the checksums; docs/format.md is the
+that would be short, in a tensor that such leaves share. The header's metadata holds the
+structure, the checksums and notes of how the file was made; docs/format.md is the
 specification. Nothing in a file is ever executed.
 """
 
+import contextlib
 import dataclasses
 import json
-import operator
+import math
 import os
-import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp import _check
-from jaxcomp import bits as packing
-from jaxcomp.entropy import encode_symbols, encode_varint
-from jaxcomp.node import CompressedArray, TiedTensor, flatten, is_compressed
-from jaxcomp.quant import QTensor
-from jaxcomp.share import SharedTensor
+from jaxcomp import coders
+from jaxcomp.entropy import decode_ranks
 from jaxcomp.storage import file as files
-from jaxcomp.storage.planes import POOL, Fields, encode_array, is_number, plan_fields
+from jaxcomp.storage.draft import Draft
+from jaxcomp.storage.fields import POOL, Fields
+from jaxcomp.storage.leaves import (
+    adopt,
+    encode_fields,
+    field_name,
+    field_spec,
+    leaf_parts,
+    plan_leaf,
+)
+from jaxcomp.storage.like import into
 from jaxcomp.storage.structure import decode_tree, encode_tree
-from jaxcomp.tree import list_paths
 
-
-# Every kind of node: its class, and those of its fields that hold packed codes.
-KINDS: dict[str, tuple[type[CompressedArray], tuple[str, ...]]] = {
-    "QTensor": (QTensor, ("codes", "zero")),
-    "SharedTensor": (SharedTensor, ("codes",)),
-    "TiedTensor": (TiedTensor, ()),
-}
 
 ENTRY = 60  # bytes that one more tensor takes in the header, besides its name
 _SHORT = 4096  # bytes; what is longer is worth a name of its own
 
 
-def save(path: str | os.PathLike, tree: Any) -> int:
+def save(
+    path: str | os.PathLike,
+    tree: Any,
+    *,
+    each: Callable[[str, Any], Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> int:
     """Writes a tree of arrays and nodes to one safetensors file, atomically.
 
     Leaves may be JAX or NumPy arrays of any dtype, random keys, nodes, numbers, strings
-    and None. What was at ``path`` stays whole until the new file is.
+    and None. What was at ``path`` stays whole until the new file is. Of a large tree
+    some leaves at a time are coded, on all cores; the tree may be larger than the
+    memory, if it is a checkpoint on disk and ``each`` makes its leaves small.
 
     Args:
       path: the file; ``.jxc`` by custom.
       tree: any pytree: dicts, lists, tuples, NamedTuples, ``nnx.State``, Equinox
         modules of arrays.
+      each: (path, leaf) -> what is stored in its place, asked when its turn comes, in
+        any thread; None stores the leaves.
+      notes: how the tree was made, e.g. a recipe; whatever JSON can hold. The versions
+        of jaxcomp, JAX and NumPy are noted anyhow. `read_notes` gives them back.
 
     Returns:
       The size of the file in bytes.
 
     Raises:
-      TypeError: a leaf or a key is of a type that has no place in a file.
+      TypeError: a leaf or a key is of a type that has no place in a file, or the notes
+        are not JSON.
       ValueError: two leaves have the same path.
       OSError: the disk is full, the folder cannot be written to and the like.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(folder + "/w.jxc", {"kernel": jnp.zeros((100, 100))}) < 400
+    ...     save(folder + "/w.jxc", {"kernel": jax.numpy.zeros((100, 100))}) < 500
     True
     """
-    tensors: dict[str, np.ndarray] = {}
-    paths: set[str] = set()
+    said = json.dumps(_versions() | dict(notes or {}), separators=(",", ":"))
+    named: dict[str, Any] = {}
+
+    def take(name: str, leaf: Any) -> None:
+        _check_new(name, named)
+        named[name] = leaf
+
+    encode_tree(tree, take)
+    sizes = [_nbytes(leaf) for leaf in named.values()]
+    specs: dict[str, Any] = {}
     pool = bytearray()
+    threads = coders.threads_for(sum(sizes))
+    with coders.Coders(threads) as workers, Draft(Path(path)) as draft:
 
-    def check_new(name: str, taken: Iterable[str]) -> None:
-        if name in taken:
-            raise ValueError(
-                f"save needs a path of its own for every leaf, but two are {name!r}. "
-                "Rename a key that has a '/'."
-            )
+        def code(item: tuple[str, Any]) -> _Coded:
+            name, leaf = item
+            leaf = leaf if each is None else each(name, leaf)
+            return _code(name, leaf, workers.encode_block)
 
-    def put(name: str, array: np.ndarray) -> None:
-        if name == "__metadata__":
-            raise ValueError(
-                "save needs another name for the leaf '__metadata__', which "
-                "safetensors keeps to itself."
-            )
-        check_new(name, tensors)
-        tensors[name] = array
-
-    def leaf_spec(path: str, leaf: Any) -> Any:
-        check_new(path, paths)
-        paths.add(path)
-        spec, arrays = _leaf_parts(path, leaf)
-        packed = {_field(path, key): a for key, a in arrays.items()}
-        size = sum(a.nbytes + len(name) + ENTRY for name, a in packed.items())
-        exact = all(a.dtype.name in files.NATIVE.values() for a in arrays.values())
-        if arrays and (not exact or size > 2 * ENTRY):
-            blob = _encode_fields(leaf, arrays)
-            coded = [*spec, {key: _field_spec(a) for key, a in arrays.items()}]
-            extra = len(json.dumps(coded)) - len(json.dumps(spec))
-            if len(blob) < _SHORT:
-                if not exact or len(blob) + extra < size:
-                    pool.extend(blob)
-                    return [*coded, len(pool) - len(blob)]
-            elif not exact or len(blob) + len(path) + ENTRY + extra < size:
-                put(path, np.frombuffer(blob, np.uint8))
-                return coded
-        for name, array in packed.items():
-            put(name, array)
-        return 0 if spec == ["array"] else spec
-
-    structure = json.dumps(encode_tree(tree, leaf_spec), separators=(",", ":"))
-    if pool:
-        put(POOL, np.frombuffer(bytes(pool), np.uint8))
-    return files.write_file(Path(path), structure, tensors)
+        coded = coders.ahead(code, list(named.items()), sizes, threads)
+        for name, found in zip(named, coded, strict=True):
+            specs[name] = [*found.spec, len(pool)] if found.pooled else found.spec
+            pool += found.pooled
+            for tensor, array in found.tensors.items():
+                _put(draft, tensor, array)
+        if pool:
+            _put(draft, POOL, np.frombuffer(pool, np.uint8))
+        structure = encode_tree(tree, lambda name, _: specs[name])
+        return draft.write(json.dumps(structure, separators=(",", ":")), said)
 
 
 def load(
@@ -143,20 +137,19 @@ def load(
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     size = save(folder + "/w.jxc", {"step": 3, "kernel": jnp.ones(2)})
+    ...     size = save(folder + "/w.jxc", {"step": 3, "kernel": np.ones(2, "f4")})
     ...     load(folder + "/w.jxc")
     {'kernel': Array([1., 1.], dtype=float32), 'step': 3}
     """
-    structure, leaves, tensors, fields = _open(path, max_bytes)
+    leaves = open_file(path, max_bytes=max_bytes)
     leaves.check_size("the arrays", sum(leaves.sizes.values()))
-    _check_pool(leaves.path, fields, tensors)
-    tree = decode_tree(structure, lambda name, spec: leaves[name])
-    return tree if like is None else _into(like, tree, path)
+    leaves.check_pool()
+    read = leaves.read_all()
+    tree = decode_tree(leaves.structure, lambda name, _: read[name])
+    return tree if like is None else into("load", like, tree, path)
 
 
-def open_file(
-    path: str | os.PathLike, *, max_bytes: int | None = None
-) -> Mapping[str, Any]:
+def open_file(path: str | os.PathLike, *, max_bytes: int | None = None) -> "Leaves":
     """The leaves of a file by path, each read and decoded when it is asked for.
 
     Only the header is read at once. The file, which is mapped into memory, may be
@@ -174,90 +167,12 @@ def open_file(
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     size = save(folder + "/w.jxc", {"a": jnp.zeros(9), "b": [jnp.ones(2), 7]})
+    ...     w = jax.numpy.ones(2)
+    ...     size = save(folder + "/w.jxc", {"a": 2 * w, "b": [w, 7]})
     ...     leaves = open_file(folder + "/w.jxc")
     ...     list(leaves), leaves["b/0"]
     (['a', 'b/0', 'b/1'], Array([1., 1.], dtype=float32))
     """
-    return _open(path, max_bytes)[1]
-
-
-def _field_spec(array: np.ndarray) -> list:
-    """The shape of a coded array, behind its dtype unless that is uint8."""
-    name = array.dtype.name
-    return [*([] if name == "uint8" else [name]), *array.shape]
-
-
-def _field(path: str, key: str) -> str:
-    return f"{path}/{key}" if key else path
-
-
-def _leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
-    """What the structure says of a leaf, and its arrays by field."""
-    if is_compressed(leaf):
-        kind = type(leaf).__name__
-        if kind not in KINDS:
-            raise TypeError(
-                f"save does not know the node {kind} of leaf {path!r}. Densify it."
-            )
-        static, arrays = [], {}
-        for field in dataclasses.fields(leaf):
-            value = getattr(leaf, field.name)
-            if field.metadata.get("static"):
-                static.append(value)
-            elif value is not None:
-                arrays[field.name] = _plain(value)
-        return [kind, static], arrays
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        kind = str(jax.random.key_impl(leaf))
-        return ["key", kind], {"": _plain(jax.random.key_data(leaf))}
-    if isinstance(leaf, jax.core.Tracer):
-        raise TypeError(f"save needs arrays, but leaf {path!r} is traced: leave jit.")
-    if isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        if not is_number(leaf.dtype):
-            raise TypeError(
-                f"save needs numbers, but leaf {path!r} is {_check.describe(leaf)}."
-            )
-        return ["array"], {"": _plain(leaf)}
-    if isinstance(leaf, bool | int | float | str):
-        return ["value", leaf], {}
-    raise TypeError(
-        f"save needs arrays, numbers, strings and None, but leaf {path!r} is of type "
-        f"{type(leaf).__name__}. Take it out, e.g. by equinox.filter(model, "
-        "equinox.is_array), and give it back with load(path, like=model)."
-    )
-
-
-def _plain(x: Any) -> np.ndarray:
-    """In C order and the machine's byte order, which safetensors takes as they are."""
-    array = np.asarray(x, order="C")
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder())
-
-
-def symbols(node: Any, field: str) -> np.ndarray:
-    """The codes that a field of a node holds packed, pad codes too: uint[codes]."""
-    packed = getattr(node, field)
-    count = packed.shape[-1] * 8 // node.bits
-    return np.asarray(packing.unpack(packed, node.bits, count)).reshape(-1)
-
-
-def _encode_fields(leaf: Any, arrays: dict[str, np.ndarray]) -> bytes:
-    """Each array coded, behind its length as a varint."""
-    codes = KINDS[type(leaf).__name__][1] if is_compressed(leaf) else ()
-    parts = []
-    for name, array in arrays.items():
-        if name in codes:
-            part = encode_symbols(symbols(leaf, name))
-        else:
-            part = encode_array(array)
-        parts += [encode_varint(len(part)), part]
-    return b"".join(parts)
-
-
-def _open(
-    path: str | os.PathLike, max_bytes: int | None
-) -> tuple[Any, files.Leaves, files.Tensors, list[Fields]]:
-    """The structure of a file as JSON, its leaves, and what they are made of."""
     limit = files.default_limit(path) if max_bytes is None else max_bytes
     text, tensors = files.map_file(Path(path), limit)
     loose, plans = set(tensors), dict[str, tuple[Fields, Callable[[dict], Any]]]()
@@ -266,17 +181,13 @@ def _open(
         try:
             if name in plans:
                 raise ValueError("another has the same path")
-            plans[name] = fields, _ = _plan(name, spec, tensors.views)
+            plans[name] = fields, _ = plan_leaf(name, spec, tensors.views)
             needed = set(fields.tensors.values())
             if not needed <= loose | {POOL}:
                 raise ValueError(f"another has one of the tensors {sorted(needed)}")
             loose.difference_update(needed)
         except Exception as error:  # a spec comes from outside: it may hold anything
             raise ValueError(f"leaf {name!r}: {error}") from error
-
-    def read(name: str) -> Any:
-        fields, make = plans[name]
-        return make({k: _to_jax(x) for k, x in fields.read(tensors).items()})
 
     try:
         structure = files.parse_json(text)
@@ -289,112 +200,172 @@ def _open(
         raise files.FileFault(
             f"load cannot read {path}, whose structure makes no sense: {error}."
         ) from error
-    sizes = {name: fields.nbytes() for name, (fields, _) in plans.items()}
-    leaves = files.Leaves(tensors.path, sizes, read, limit)
-    return structure, leaves, tensors, [fields for fields, _ in plans.values()]
+    return Leaves(structure, tensors, plans, limit)
 
 
-def _check_pool(path: Path, fields: list[Fields], tensors: files.Tensors) -> None:
-    """Refuses to decode a part of the pool for more than one leaf, or for none."""
-    pooled = [f for f in fields if f.offset is not None and f.tensors[""] == POOL]
-    pool = tensors[POOL] if pooled else np.zeros(0, np.uint8)
-    reached = 0
+def read_notes(path: str | os.PathLike) -> dict[str, Any]:
+    """What a file notes about how it was made: versions, and what `save` was given.
+
+    Args:
+      path: a file of `save`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      FileFault: it is damaged or not a file of `save`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = save(folder + "/w.jxc", {}, notes={"recipe": {"bits": 4}})
+    ...     read_notes(folder + "/w.jxc")["recipe"]
+    {'bits': 4}
+    """
+    notes = files.map_file(Path(path), files.default_limit(path))[1].notes
     try:
-        for start, end in [*sorted(f.range_in(pool) for f in pooled), (pool.size, 0)]:
-            if start != reached:
-                raise ValueError(f"byte {reached} is next, not byte {start}")
-            reached = end
+        found = files.parse_json(notes or "{}")
+        if not isinstance(found, dict):
+            raise ValueError("they are no object")
     except ValueError as error:
-        raise files.damaged(path, f"tensor {POOL!r}: {error}") from error
+        raise files.damaged(path, f"its notes make no sense: {error}") from error
+    return found
 
 
-def _plan(
-    path: str, spec: Any, views: Mapping[str, np.ndarray]
-) -> tuple[Fields, Callable[[dict[str, Any]], Any]]:
-    """The fields of the leaf that a spec describes, and what makes the leaf of them."""
-    bits, live = dict[str, int](), [""]
-    make: Callable[[dict[str, Any]], Any] = operator.itemgetter("")
-    match ["array"] if spec == 0 else spec:
-        case ["value", bool() | int() | float() | str() as value]:
-            return Fields({}, {}), lambda arrays: value
-        case ["array", *coded]:
-            pass
-        case ["key", str(impl), *coded]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaves(Mapping[str, Any]):
+    """The leaves of a file by path; each is read when it is asked for, every time.
 
-            def make(arrays: dict[str, Any]) -> Any:
-                return jax.random.wrap_key_data(arrays[""], impl=impl)
+    Attributes:
+      structure: the tree as JSON.
+      tensors: what the leaves are made of.
+      plans: of each leaf its fields, and what makes it of them.
+      limit: the bytes that the arrays of a leaf may take.
+    """
 
-        case [str(kind), list(values), *coded] if kind in KINDS:
-            cls: Any = KINDS[kind][0]
-            static = _static(cls, values)
-            live = [f.name for f in dataclasses.fields(cls) if f.name not in static]
-            bits = {name: static["bits"] for name in KINDS[kind][1]}
+    structure: Any
+    tensors: files.Tensors
+    plans: dict[str, tuple[Fields, Callable[[dict], Any]]]
+    limit: int
 
-            def make(arrays: dict[str, Any]) -> Any:
-                return cls(**dict.fromkeys(live) | static | arrays)
+    def __getitem__(self, name: str) -> Any:
+        return self._read(name, decode_ranks)
 
-        case _:
-            raise ValueError(f"{reprlib.repr(spec)} is none of version {files.VERSION}")
-    names = {name: _field(path, name) for name in live}
-    fields = plan_fields(path, names, coded, bits, views)
-    if live == [""] and not fields.arrays:
-        raise ValueError("it has no array")
-    return fields, make
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.plans)
 
+    def __len__(self) -> int:
+        return len(self.plans)
 
-def _static(cls: Any, values: list) -> dict[str, Any]:
-    """The static values of a node by name, each of its type."""
-    fields = [f for f in dataclasses.fields(cls) if f.metadata.get("static")]
-    static = {}
-    for field, value in zip(fields, values, strict=True):
-        if field.type is str:
-            is_right = isinstance(value, str)
-        else:  # int, bool or tuple[int, ...]
-            numbers = value if isinstance(value, list) else [value]
-            is_right = isinstance(value, list) == (field.type not in (int, bool))
-            is_right &= all(isinstance(n, int) and n >= 0 for n in numbers)
-        if not is_right or (field.type is bool and value > 1):
-            raise ValueError(f"its {field.name} cannot be {reprlib.repr(value)}")
-        static[field.name] = tuple(value) if isinstance(value, list) else value
-    return static
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes that the arrays of each leaf take in memory."""
+        return {name: fields.nbytes() for name, (fields, _) in self.plans.items()}
 
-
-def _to_jax(array: np.ndarray) -> Any:
-    """A JAX array, unless JAX would narrow it; nobody else may hold ``array``."""
-    if array.dtype == np.bool_ and np.any(array.view(np.uint8) > 1):
-        raise ValueError("a bool is neither 0 nor 1")
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return array
-    is_long = array.nbytes >= 1 << 16  # what is short is copied faster
-    return jax.device_put(array, may_alias=True) if is_long else jnp.asarray(array)
-
-
-def _into(like: Any, tree: Any, path: Any) -> Any:
-    """The leaves of ``tree`` in the structure of ``like``."""
-    paths, models, treedef = flatten(like)
-    loaded = dict(zip(*flatten(tree)[:2], strict=True))
-    wanted = [p for p, m in zip(paths, models, strict=True) if _is_stored(m)]
-    odd = sorted(set(wanted) ^ set(loaded))
-    if odd:
-        where = "the file" if odd[0] in loaded else "`like`"
-        raise ValueError(
-            f"load needs `like` and {path} to have the same leaves, but only {where} "
-            f"has {odd[0]!r} ({len(odd)} such). The file's are "
-            f"{list_paths(list(loaded))}."
+    def like(self, name: str) -> Any:
+        """A leaf with shape structs for arrays; nothing is read."""
+        fields, make = self.plans[name]
+        return make(
+            {k: jax.ShapeDtypeStruct(s, d) for k, (d, s) in fields.arrays.items()}
         )
-    leaves = []
-    for name, model in zip(paths, models, strict=True):
-        leaf = loaded.get(name, model)
-        if np.shape(leaf) != np.shape(model):
-            raise ValueError(
-                f"load needs `like` to have the shapes of {path}, but leaf {name!r} is "
-                f"{list(np.shape(leaf))} in the file and {list(np.shape(model))} in "
-                "`like`."
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Callable[[str], Any]]:
+        """What reads a leaf, with other processes to help where leaves are large."""
+        with coders.Coders(coders.threads_for(sum(self.sizes.values()))) as workers:
+            yield lambda name: self._read(name, workers.decode_ranks)
+
+    def read_all(self) -> dict[str, Any]:
+        """Every leaf, on all cores."""
+        sizes = self.sizes
+        threads = coders.threads_for(sum(sizes.values()))
+        with self.reader() as read:
+            found = coders.ahead(read, sizes, sizes.values(), threads)
+            return dict(zip(sizes, found, strict=True))
+
+    def check_size(self, what: str, size: int) -> None:
+        """Raises a `FileFault` if that many bytes are more than allowed."""
+        if size > self.limit:
+            raise files.FileFault(
+                f"load may take {self.limit} bytes, but {what} of {self.tensors.path} "
+                f"would take {size}. If you trust the file, pass max_bytes={size}."
             )
-        leaves.append(leaf)
-    return jax.tree.unflatten(treedef, leaves)
+
+    def check_pool(self) -> None:
+        """Refuses to decode a part of the pool for more than one leaf, or for none."""
+        plans = [fields for fields, _ in self.plans.values()]
+        pooled = [f for f in plans if f.offset is not None and f.tensors[""] == POOL]
+        pool = self.tensors[POOL] if pooled else np.zeros(0, np.uint8)
+        reached = 0
+        try:
+            ranges = sorted(f.range_in(pool) for f in pooled)
+            for start, end in [*ranges, (pool.size, 0)]:
+                if start != reached:
+                    raise ValueError(f"byte {reached} is next, not byte {start}")
+                reached = end
+        except ValueError as error:
+            raise files.damaged(
+                self.tensors.path, f"tensor {POOL!r}: {error}"
+            ) from error
+
+    def _read(self, name: str, ranks: Callable) -> Any:
+        fields, make = self.plans[name]
+        self.check_size(f"leaf {name!r}", fields.nbytes())
+        try:
+            arrays = fields.read(self.tensors, ranks)
+            return make({field: adopt(x) for field, x in arrays.items()})
+        except (files.FileFault, MemoryError):
+            raise
+        except Exception as error:  # a hostile file may make anything of it
+            raise files.damaged(self.tensors.path, f"leaf {name!r}: {error}") from error
 
 
-def _is_stored(leaf: Any) -> bool:
-    """Whether `save` would have stored such a leaf."""
-    return _check.is_array(leaf) or isinstance(leaf, bool | int | float | str)
+class _Coded(NamedTuple):
+    """A leaf as it is stored: in tensors, or in the pool."""
+
+    spec: Any
+    tensors: dict[str, np.ndarray]
+    pooled: bytes = b""
+
+
+def _code(path: str, leaf: Any, block: Callable) -> _Coded:
+    """A leaf in the smaller of the profiles."""
+    spec, arrays = leaf_parts(path, leaf)
+    packed = {field_name(path, key): a for key, a in arrays.items()}
+    size = sum(a.nbytes + len(name) + ENTRY for name, a in packed.items())
+    exact = all(a.dtype.name in files.NATIVE.values() for a in arrays.values())
+    if arrays and (not exact or size > 2 * ENTRY):
+        blob = encode_fields(leaf, arrays, block)
+        coded = [*spec, {key: field_spec(a) for key, a in arrays.items()}]
+        extra = len(json.dumps(coded)) - len(json.dumps(spec))
+        if len(blob) < _SHORT:
+            if not exact or len(blob) + extra < size:
+                return _Coded(coded, {}, blob)
+        elif not exact or len(blob) + len(path) + ENTRY + extra < size:
+            return _Coded(coded, {path: np.frombuffer(blob, np.uint8)})
+    return _Coded(0 if spec == ["array"] else spec, packed)
+
+
+def _put(draft: Draft, name: str, array: np.ndarray) -> None:
+    if name == "__metadata__":
+        raise ValueError(
+            "save needs another name for the leaf '__metadata__', which safetensors "
+            "keeps to itself."
+        )
+    _check_new(name, draft.tensors)
+    draft.put(name, array)
+
+
+def _check_new(name: str, taken: Mapping[str, Any]) -> None:
+    if name in taken:
+        raise ValueError(
+            f"save needs a path of its own for every leaf, but two are {name!r}. "
+            "Rename a key that has a '/'."
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("jaxcomp", "jax", "numpy", "constriction")}
+
+
+def _nbytes(leaf: Any) -> int:
+    """About the bytes that a leaf takes."""
+    arrays = [x for x in jax.tree.leaves(leaf) if hasattr(x, "dtype")]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)

@@ -1,34 +1,29 @@
 """One safetensors file: a text and named arrays, checksummed, written atomically.
 
-The header's single metadata entry, ``jaxcomp``, is the version of the format, the
-checksums and the text, parted by spaces. One entry only: safetensors keeps metadata in
-no fixed order, and equal trees shall give equal bytes.
+The entry ``jaxcomp`` of the header's metadata is the version of the format, the
+checksums and the structure, parted by spaces; ``jaxcomp_notes`` says who made the file.
 
 A file may come from anybody. All that its header says is checked before it is used, and
 here rather than by safetensors, which would have to open the path again, after somebody
 may have replaced the file.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import reprlib
-import secrets
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save as write_safetensors
+
+from jaxcomp.storage.draft import VERSION, Draft, checksum, crc
 
 
-VERSION = 1
-
-# The dtypes of safetensors, and ours of the same bits.
+# The dtypes of safetensors that versions 1 and 2 have, and ours of the same bits.
 NATIVE = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -69,18 +64,20 @@ class Tensors(Mapping[str, np.ndarray]):
       path: the file.
       views: the tensors, left on disk and not checked; for their dtypes and shapes.
       sums: the checksum that each must have.
+      notes: JSON of what was noted about the file, or nothing.
       right: the names of those that were found to have it.
     """
 
     path: Path
     views: dict[str, np.ndarray]
     sums: dict[str, str]
+    notes: str = ""
     right: set[str] = dataclasses.field(default_factory=set)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self.views[name]
         if name not in self.right:
-            if _checksum(name, array) != self.sums[name]:
+            if checksum(name, array) != self.sums[name]:
                 raise damaged(self.path, f"the checksum of {name!r} is wrong")
             self.right.add(name)
         return array
@@ -90,46 +87,6 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.views)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Leaves(Mapping[str, Any]):
-    """The leaves of a file by path; each is read when it is asked for, every time.
-
-    Attributes:
-      path: the file.
-      sizes: the bytes that the arrays of each leaf take in memory.
-      read: gives the leaf of a path; may raise anything if the file is hostile.
-      limit: the bytes that the arrays of a leaf may take.
-    """
-
-    path: Path
-    sizes: dict[str, int]
-    read: Callable[[str], Any]
-    limit: int
-
-    def __getitem__(self, name: str) -> Any:
-        self.check_size(f"leaf {name!r}", self.sizes[name])
-        try:
-            return self.read(name)
-        except FileFault:
-            raise
-        except Exception as error:
-            raise damaged(self.path, f"leaf {name!r}: {error}") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sizes)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def check_size(self, what: str, size: int) -> None:
-        """Raises a `FileFault` if that many bytes are more than allowed."""
-        if size > self.limit:
-            raise FileFault(
-                f"load may take {self.limit} bytes, but {what} of {self.path} would "
-                f"take {size}. If you trust the file, pass max_bytes={size}."
-            )
 
 
 def damaged(path: Any, what: str) -> FileFault:
@@ -224,31 +181,35 @@ def map_file(path: Path, limit: int) -> tuple[str, Tensors]:
             f"cut off, damaged or something else: {error}."
         ) from error
     metadata = header.get("__metadata__")
-    text = metadata.get("jaxcomp") if isinstance(metadata, dict) else None
+    metadata = metadata if isinstance(metadata, dict) else {}
+    text, notes = metadata.get("jaxcomp"), metadata.get("jaxcomp_notes", "")
     version, _, rest = text.partition(" ") if isinstance(text, str) else ("", "", "")
     if not version.isdecimal():
         raise FileFault(
             f"load needs a file of jaxcomp.save, but {path} is plain safetensors with "
             f"{len(ranges)} tensors. Read it with safetensors."
         )
-    if version != str(VERSION):
+    if version not in ("1", str(VERSION)):
         raise FileFault(
-            f"load reads version {VERSION} of the format, but {path} is of version "
-            f"{version[:20]}. Update jaxcomp."
+            f"load reads versions 1 to {VERSION} of the format, but {path} is of "
+            f"version {version[:20]}. Update jaxcomp."
         )
-    crc, _, structure = rest.partition(" ")
+    found, _, structure = rest.partition(" ")
     views = {
         name: _view(path, name, header[name], body[first:last])
         for name, (first, last) in ranges.items()
     }
-    sums = [crc[i : i + 8] for i in range(0, len(crc), 8)]
-    if len(sums) != 1 + len(views):
+    sums = [found[i : i + 8] for i in range(0, len(found), 8)]
+    texts = {"the structure": structure, "the notes": notes}
+    if version == "1":  # which had no notes
+        del texts["the notes"]
+    if len(sums) != len(texts) + len(views):
         raise damaged(path, f"it has {len(sums)} checksums for {len(views)} tensors")
-    if _crc(structure) != sums[0]:
-        raise damaged(path, "the checksum of 'the structure' is wrong")
-    return structure, Tensors(
-        path, views, dict(zip(sorted(views), sums[1:], strict=True))
-    )
+    for (name, content), expected in zip(texts.items(), sums, strict=False):
+        if not isinstance(content, str) or crc(content) != expected:
+            raise damaged(path, f"the checksum of {name!r} is wrong")
+    named = dict(zip(sorted(views), sums[len(texts) :], strict=True))
+    return structure, Tensors(path, views, named, texts.get("the notes", ""))
 
 
 def read_file(path: Path) -> tuple[str, dict[str, np.ndarray]]:
@@ -264,7 +225,9 @@ def read_file(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     return structure, dict(tensors)
 
 
-def write_file(path: Path, structure: str, tensors: dict[str, np.ndarray]) -> int:
+def write_file(
+    path: Path, structure: str, tensors: dict[str, np.ndarray], notes: str = ""
+) -> int:
     """Writes a file beside ``path`` and then, whole, puts it in its place.
 
     Returns:
@@ -274,35 +237,10 @@ def write_file(path: Path, structure: str, tensors: dict[str, np.ndarray]) -> in
       OSError: the disk is full, the folder cannot be written to and the like. What was
         at ``path`` is as it was.
     """
-    sums = [_checksum(name, array) for name, array in sorted(tensors.items())]
-    text = f"{VERSION} {''.join([_crc(structure), *sums])} {structure}"
-    data = write_safetensors(tensors, {"jaxcomp": text})
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(draft, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # a read-only disk refuses this too
-            draft.unlink()
-        if isinstance(error, OSError):  # it names the draft, or nothing
-            said = error.strerror or str(error)
-            raise OSError(error.errno, said, str(path)) from error
-        raise
-    return len(data)
-
-
-def _crc(text: str) -> str:
-    """CRC-32 as 8 hex digits. Lone surrogates, which UTF-8 lacks, are no error."""
-    return f"{zlib.crc32(text.encode(errors='surrogatepass')):08x}"
-
-
-def _checksum(name: str, array: np.ndarray) -> str:
-    label = f"{name} {array.dtype.name} {list(array.shape)} "
-    start = zlib.crc32(label.encode(errors="surrogatepass"))
-    return f"{zlib.crc32(array.reshape(-1).view(np.uint8).data, start):08x}"
+    with Draft(path) as draft:
+        for name, array in tensors.items():
+            draft.put(name, array)
+        return draft.write(structure, notes)
 
 
 def _parse_header(data: np.ndarray, limit: int) -> tuple[dict[str, Any], np.ndarray]:

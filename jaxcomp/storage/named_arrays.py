@@ -5,66 +5,23 @@ So the library checks the header, and the arrays are views of the memory-mapped 
 what is written passes through memory one array at a time.
 """
 
-import contextlib
 import json
 import math
-import os
-import secrets
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 
 from jaxcomp import _check
-from jaxcomp.storage.parts import is_number
+from jaxcomp.coders import ahead, threads_for
+from jaxcomp.storage.draft import CODES, DTYPES, replacing, safetensors_header
+from jaxcomp.storage.fields import is_number
 
 
-# The dtypes of safetensors in its own order, by which a file sorts its tensors. It also
-# defines F6_E2M3 and F6_E3M2, but not in which order their bits lie.
-DTYPES = {
-    "BOOL": "bool",
-    "F4": "float4_e2m1fn",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
-_CODES = {name: code for code, name in DTYPES.items()}
-_ORDER = {name: i for i, name in enumerate(DTYPES.values())}
 _HALF = "float4_e2m1fn"  # two elements a byte, the first in the low bits
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside ``path`` that takes its place once it is whole and on the disk."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(draft, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -123,7 +80,7 @@ def write_safetensors(path: Path, tensors: dict[str, Any]) -> int:
     Args:
       path: the file.
       tensors: name -> an array, or what has a shape and a dtype and becomes an array
-        when its turn comes. One at a time is in memory.
+        when its turn comes. A few at a time are in memory.
 
     Returns:
       The size of the file in bytes.
@@ -132,24 +89,18 @@ def write_safetensors(path: Path, tensors: dict[str, Any]) -> int:
       TypeError: safetensors lacks a dtype.
       ValueError: a name is taken, or the bits of a tensor do not fill its last byte.
     """
-    header: dict[str, Any] = {}
-    end = 0
-    sizes = {name: _nbytes(name, x) for name, x in tensors.items()}
-    names = sorted(tensors, key=lambda name: (-_ORDER[tensors[name].dtype.name], name))
-    for name in names:
-        start, end = end, end + sizes[name]
-        header[name] = {
-            "dtype": _CODES[tensors[name].dtype.name],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    described = {
+        name: (x.dtype.name, list(x.shape), _nbytes(name, x))
+        for name, x in tensors.items()
+    }
+    header, names = safetensors_header(described, {})
+    sizes = [described[name][2] for name in names]
+    arrays = (tensors[name] for name in names)
     with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            file.write(_bytes_of(tensors[name]).data)
-    return 8 + len(text) + end
+        file.write(header)
+        for data in ahead(_bytes_of, arrays, sizes, threads_for(sum(sizes))):
+            file.write(data.data)
+        return file.tell()
 
 
 def read_sharded(path: Path) -> dict[str, np.ndarray]:
@@ -292,7 +243,7 @@ def _nbytes(name: str, x: Any) -> int:
             "write_checkpoint needs another name for the leaf '__metadata__', which "
             "safetensors keeps to itself."
         )
-    if x.dtype.name not in _CODES:
+    if x.dtype.name not in CODES:
         raise TypeError(
             f"write_checkpoint needs dtypes that safetensors has, but leaf {name!r} is "
             f"{_check.describe(x)}. Cast it, or write it to .jxc, to .msgpack or to an "

@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxcomp import _check
 from jaxcomp.node import flatten, is_compressed
-from jaxcomp.storage.container import KINDS
+from jaxcomp.storage.fields import is_number
+from jaxcomp.storage.leaves import KINDS
 from jaxcomp.storage.structure import decode_tree, encode_tree
 
 
@@ -93,10 +94,6 @@ def join_parts(text: str, parts: Any) -> Any:
         raise ValueError(f"{spec!r} describes no leaf of version {_VERSION}")
 
     return decode_tree(json.loads(structure), leaf)
-
-
-def is_number(dtype: Any) -> bool:
-    return dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
 
 
 def is_key(x: Any) -> bool:

@@ -5,36 +5,38 @@ the bits of a float are rotated until the exponent fills the top byte and each b
 position, a plane, gets an entropy coder of its own. Pruned weights are exact zeros; a
 mask of them lets all planes skip those elements at once. Mantissas are noise and stay
 raw, at no cost. Nothing is rounded: NaN payloads and signed zeros come back.
-
-The arrays of a leaf, its fields, follow one another. What a file says of them is
-checked when they are planned, before any is read.
 """
 
-import dataclasses
 import math
-import re
-import reprlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import bits as packing
-from jaxcomp.entropy import decode_pieces, decode_varint, encode_symbols, encode_varint
-from jaxcomp.storage.file import byte_size
+from jaxcomp.entropy import (
+    BLOCK,
+    decode_pieces,
+    decode_ranks,
+    decode_varint,
+    encode_block,
+    encode_varint,
+)
 
 
-POOL = "__pool__"  # the tensor that short coded leaves share
 _PLANES, _MASKED, _RAW = 0, 1, 2  # the first byte: what follows it
 _STEP = 1 << 18  # elements at a time: what decoding takes besides the array is small
 
 
-def encode_array(x: np.ndarray) -> bytes:
+def encode_array(
+    x: np.ndarray, block: Callable[[np.ndarray, bool], bytes] = encode_block
+) -> bytes:
     """Codes the bits of an array without loss.
+
+    Besides what it returns, twice, it takes less than 128 MiB.
 
     Args:
       x: any dtype but object, any shape and memory order.
+      block: does what `entropy.encode_block` does, maybe elsewhere.
 
     Returns:
       A stream for `decode_array`, which must be told the dtype and the shape; at most
@@ -54,23 +56,39 @@ def encode_array(x: np.ndarray) -> bytes:
             "array to a numeric dtype."
         )
     word, rotates = _word(x.dtype)
-    words = np.frombuffer(x.tobytes(), word)
-    if rotates:
-        words = words << 1 | words >> (8 * word.itemsize - 1)
-    words = words.astype(word.newbyteorder("<"))
-    forms = [bytes([_RAW]) + words.tobytes()]
-    forms.append(bytes([_PLANES]) + _join(_encode_planes(words)))
-    kept = words != 0
-    dropped = words.size - np.count_nonzero(kept)
-    # A mask says nothing new about single bytes, and below 1/256 it is not worth a try.
-    if word.itemsize > 1 and 256 * dropped > words.size:
-        mask = encode_symbols(kept.view(np.uint8))
-        forms.append(bytes([_MASKED]) + _join([mask, *_encode_planes(words[kept])]))
-    return min(forms, key=len)
+    words = np.ascontiguousarray(x).reshape(-1).view(word)
+    size, width = words.size, word.itemsize
+
+    def parts() -> Iterator[np.ndarray]:
+        for start in range(0, size, BLOCK):
+            part = words[start : start + BLOCK]
+            if rotates:
+                part = part << 1 | part >> (8 * width - 1)
+            yield part.astype(word.newbyteorder("<"), copy=False)
+
+    dropped = size - int(np.count_nonzero(words))
+    coded = []
+    # A mask says nothing new about single bytes, and below 1/256 it is not worth a try;
+    # of many floats above 1/4 it pays: else all planes would have to tell of the zeros.
+    if width == 1 or not rotates or 4 * dropped <= size or size < 1 << 16:
+        coded.append(bytes([_PLANES]) + _join(_encode(parts(), size, width, block)))
+    if width > 1 and 256 * dropped > size:
+        masks = ((part != 0).view(np.uint8) for part in parts())
+        kept = (part[part != 0] for part in parts())
+        streams = _encode(masks, size, 1, block)
+        streams += _encode(kept, size - dropped, width, block)
+        coded.append(bytes([_MASKED]) + _join(streams))
+    best = min(coded, key=len)
+    if len(best) <= size * width:
+        return best
+    return b"".join([bytes([_RAW]), *(part.data for part in parts())])
 
 
 def decode_array(
-    data: bytes | memoryview, dtype: np.dtype, shape: tuple[int, ...]
+    data: bytes | memoryview,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    ranks: Callable[[bytes, np.ndarray, int], Iterator[np.ndarray]] = decode_ranks,
 ) -> np.ndarray:
     """The array that `encode_array` coded.
 
@@ -80,6 +98,7 @@ def decode_array(
       data: one whole stream.
       dtype: the dtype of the array; of its byte orders the result has this one.
       shape: the shape of the array.
+      ranks: does what `entropy.decode_ranks` does, maybe elsewhere.
 
     Returns:
       ``dtype[*shape]`` in C order, writable, aligned as `aligned` says.
@@ -97,7 +116,11 @@ def decode_array(
         streams = _split(data, size, word.itemsize)
         # Only the number of symbols in the mask says how many its planes must have.
         known = [size, *[size if data[0] == _PLANES else None] * 8]
-        coded = [] if data[0] == _RAW else list(map(decode_pieces, streams, known))
+        known = [] if data[0] == _RAW else known
+        coded = [
+            decode_pieces(stream, count, ranks)
+            for stream, count in zip(streams, known, strict=False)
+        ]
         raw = aligned(size * word.itemsize)
         if data[0] == _RAW:
             raw[:] = np.frombuffer(streams[0], np.uint8)
@@ -121,7 +144,10 @@ def decode_array(
 
 
 def decode_codes(
-    data: bytes | memoryview, bits: int, shape: tuple[int, ...]
+    data: bytes | memoryview,
+    bits: int,
+    shape: tuple[int, ...],
+    ranks: Callable[[bytes, np.ndarray, int], Iterator[np.ndarray]] = decode_ranks,
 ) -> np.ndarray:
     """The packed codes whose symbols `encode_symbols` coded; see `jaxcomp.bits`.
 
@@ -131,6 +157,7 @@ def decode_codes(
       data: one whole stream of the symbols of all rows, pad codes too.
       bits: width of a code, 1 to 16 bits.
       shape: the shape of the packed codes: (..., bytes).
+      ranks: does what `entropy.decode_ranks` does, maybe elsewhere.
 
     Returns:
       uint8[*shape], aligned as `aligned` says.
@@ -139,6 +166,7 @@ def decode_codes(
       ValueError: ``data`` is damaged, holds another number of symbols, or one that
         takes more bits.
 
+    >>> from jaxcomp.entropy import encode_symbols
     >>> decode_codes(encode_symbols(np.array([1, 2, 3, 0], np.uint8)), 6, (3,))
     array([129,  48,   0], dtype=uint8)
     """
@@ -146,7 +174,7 @@ def decode_codes(
     packed = aligned(math.prod(shape)).reshape(rows, shape[-1])
     packed[:] = 0
     tall, wide = max(1, _STEP // max(1, count)), min(_STEP, count)
-    pieces = decode_pieces(data, rows * count)
+    pieces = decode_pieces(data, rows * count, ranks)
     take = _taker(pieces)
     for row in range(0, rows if count else 0, tall):
         for start in range(0, count, wide):
@@ -159,136 +187,11 @@ def decode_codes(
     return packed.reshape(shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class Fields:
-    """The arrays of a leaf as a file describes them, checked, with nothing read.
-
-    Attributes:
-      arrays: the dtype and shape of each by name.
-      tensors: the tensor that holds each; coded fields are all in one.
-      bits: width of the codes of those that are coded and hold packed codes.
-      offset: where coded fields begin in their tensor; None if they are not coded.
-    """
-
-    arrays: dict[str, tuple[np.dtype, tuple[int, ...]]]
-    tensors: dict[str, str]
-    bits: dict[str, int] = dataclasses.field(default_factory=dict)
-    offset: int | None = None
-
-    def nbytes(self) -> int:
-        return sum(byte_size(*array) for array in self.arrays.values())
-
-    def range_in(self, blob: np.ndarray) -> tuple[int, int]:
-        """Where coded fields begin and end in their tensor."""
-        return self.offset or 0, self._split(memoryview(blob.data))[1]
-
-    def _split(self, data: memoryview) -> tuple[dict[str, memoryview], int]:
-        """The stream of each coded field, and where the last one ends."""
-        parts, pos = {}, self.offset or 0
-        for name in self.arrays:
-            length, pos = decode_varint(data, pos)
-            if length > len(data) - pos:
-                raise ValueError(f"field {name!r} of {length} bytes is cut off")
-            parts[name], pos = data[pos : pos + length], pos + length
-        return parts, pos
-
-    def read(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The arrays, which share no memory with the file."""
-        if self.offset is None:
-            return {n: _copy(tensors[self.tensors[n]]) for n in self.arrays}
-        blob = self.tensors[""]
-        data = memoryview(tensors[blob].data)
-        parts, end = self._split(data)
-        if blob != POOL and end != len(data):
-            raise ValueError(f"{len(data) - end} bytes are left over")
-        return {
-            name: decode_codes(parts[name], self.bits[name], shape)
-            if name in self.bits
-            else decode_array(parts[name], dtype, shape)
-            for name, (dtype, shape) in self.arrays.items()
-        }
-
-
-def plan_fields(
-    path: str,
-    names: dict[str, str],
-    coded: list,
-    bits: dict[str, int],
-    views: Mapping[str, np.ndarray],
-) -> Fields:
-    """The fields of a leaf, from what the structure says of them.
-
-    Args:
-      path: the path of the leaf.
-      names: the fields that it may have, and the tensor of each where it is packed.
-      coded: what the structure has behind the kind: nothing, or the dtypes and shapes
-        of the coded fields, and an offset if they are in the pool.
-      bits: width of the codes of fields that hold packed codes.
-      views: the tensors of the file.
-
-    Raises:
-      ValueError: it makes no sense, or a tensor is missing.
-    """
-    if not coded:
-        found = {field: views[n] for field, n in names.items() if n in views}
-        arrays = {field: (view.dtype, view.shape) for field, view in found.items()}
-        return Fields(arrays, {field: names[field] for field in found})
-    match coded:
-        case [dict(specs)]:
-            blob, offset = path, 0
-        case [dict(specs), int(offset)] if offset >= 0:
-            blob = POOL
-        case _:
-            raise ValueError(f"{reprlib.repr(coded)} are no fields")
-    if not set(specs) <= set(names):
-        raise ValueError(f"it cannot have all of {reprlib.repr(list(specs))}")
-    view = views.get(blob)
-    if view is None or view.dtype != np.uint8 or view.ndim != 1:
-        raise ValueError(f"{blob!r} is not a uint8 tensor of one dimension")
-    arrays = {field: _declared(spec) for field, spec in specs.items()}
-    held = {field: width for field, width in bits.items() if field in arrays}
-    for field, width in held.items():
-        dtype, shape = arrays[field]
-        if dtype != np.uint8 or not shape or not 1 <= width <= packing.WIDEST:
-            raise ValueError(f"{field!r} cannot be {specs[field]} of {width} bits")
-    return Fields(arrays, {"": blob}, held, offset)
-
-
-def is_number(dtype: Any) -> bool:
-    """Whether JAX and every reader know the dtype; none knows long doubles."""
-    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-    known = dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
-    return known and dtype.itemsize <= (16 if is_complex else 8)
-
-
 def aligned(size: int) -> np.ndarray:
     """uint8[size], not set, at an address that JAX can take over without a copy."""
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size]
-
-
-def _copy(array: np.ndarray) -> np.ndarray:
-    raw = aligned(array.nbytes)
-    raw[:] = array.reshape(-1).view(np.uint8)
-    return raw.view(array.dtype).reshape(array.shape)
-
-
-def _declared(spec: Any) -> tuple[np.dtype, tuple[int, ...]]:
-    """The dtype and shape of a coded array, from the list that names them."""
-    match spec:
-        case [str(name), *shape]:
-            # Only a plain name: NumPy has a language of its own for dtypes.
-            plain = re.fullmatch("[a-z0-9_]{1,40}", name)
-            dtype = jnp.dtype(name if plain else "object")
-            if dtype.name != name or not is_number(dtype):
-                raise ValueError(f"{reprlib.repr(name)} is no dtype of an array")
-        case [*shape]:
-            dtype = np.dtype(np.uint8)
-        case _:
-            raise ValueError(f"{reprlib.repr(spec)} is no shape")
-    byte_size(dtype, shape)
-    return dtype, tuple(shape)
 
 
 def _word(dtype: np.dtype) -> tuple[np.dtype, bool]:
@@ -301,14 +204,39 @@ def _word(dtype: np.dtype) -> tuple[np.dtype, bool]:
     return np.dtype(f"u{size}").newbyteorder(dtype.byteorder), is_float
 
 
-def _encode_planes(words: np.ndarray) -> list[bytes]:
-    planes = words.view(np.uint8).reshape(words.size, words.itemsize)
-    return [encode_symbols(plane) for plane in planes.T]
+def _encode(
+    parts: Iterable[np.ndarray], size: int, width: int, block: Callable
+) -> list[bytearray]:
+    """The symbol stream of each plane of words that come in parts."""
+    streams = [bytearray(encode_varint(size)) for _ in range(width)]
+    left = size
+    for words in _regrouped(parts):
+        left -= words.size
+        lanes = words.view(np.uint8).reshape(words.size, width)
+        for stream, lane in zip(streams, lanes.T, strict=True):
+            stream += block(np.ascontiguousarray(lane), not left)
+    return streams
 
 
-def _join(streams: list[bytes]) -> bytes:
+def _regrouped(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """What the parts hold, as many words as a block has at a time."""
+    held: list[np.ndarray] = []
+    room = BLOCK
+    for part in parts:
+        while part.size:
+            held.append(part[:room])
+            part, room = part[room:], room - held[-1].size
+            if not room:
+                yield np.concatenate(held) if len(held) > 1 else held[0]
+                held, room = [], BLOCK
+    if held:
+        yield np.concatenate(held)
+
+
+def _join(streams: list[bytearray]) -> bytes:
     """All streams but the last carry their length; the last ends with the data."""
-    return b"".join([encode_varint(len(s)) + s for s in streams[:-1]] + [streams[-1]])
+    counted = [part for s in streams[:-1] for part in (encode_varint(len(s)), s)]
+    return b"".join([*counted, streams[-1]])
 
 
 def _split(data: bytes | memoryview, size: int, width: int) -> list[memoryview]:

@@ -28,9 +28,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
-from jaxcomp.storage import checkpoints, named_arrays
+from jaxcomp.storage import checkpoints, draft, named_arrays
 from jaxcomp.storage.checkpoints import read_checkpoint, write_checkpoint
-from jaxcomp.storage.named_arrays import DTYPES, write_safetensors
+from jaxcomp.storage.draft import DTYPES
+from jaxcomp.storage.named_arrays import write_safetensors
 
 
 ALL = ["w.jxc", "w.safetensors", "w.safetensors.index.json", "w.npz", "w.msgpack", "w"]
@@ -578,10 +579,10 @@ def test_pickles_of_pytorch_run_nothing(tmp_path):
     ("like", "words"),
     [
         ({"a": 0.0, "b": 0, "c": 0}, "only `like` has 'c'"),
-        ({"a": jnp.zeros(2)}, "only w.npz has 'b'"),
+        ({"a": jnp.zeros(2)}, "only the file has 'b'"),
         (
             {"a": jnp.zeros(2), "d": 0},
-            r"only w.npz has 'b' \(2 such\). The file's are a",
+            r"only the file has 'b' \(2 such\). The file's are a",
         ),
         (
             {"a": jnp.zeros(3), "b": 0},
@@ -719,7 +720,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_draft(
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         fake = SimpleNamespace(**(vars(os) | {"replace": fail, "rename": fail}))
-        patch.setattr(named_arrays, "os", fake)
+        patch.setattr(draft, "os", fake)
         patch.setattr(checkpoints, "os", fake)
         write_checkpoint(tmp_path / name, {"new": np.ones(1000)})
     assert sorted(os.listdir(tmp_path)) == before

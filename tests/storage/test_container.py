@@ -260,7 +260,7 @@ def test_like_may_be_shapes_and_takes_nodes_where_it_has_arrays(pass_through):
         ({"a": 0, "b": 0, "c": 0}, "only `like` has 'c'"),
         ({"a": 0}, "only the file has 'b'"),
         ({"a": 0, "d": 0}, r"only the file has 'b' \(2 such\). The file's are a, b"),
-        ({"a": np.zeros(2), "b": 0}, r"leaf 'a' is \[\] in the file and \[2\] in"),
+        ({"a": np.zeros(2), "b": 0}, "leaf 'a' is int in the file and float64"),
     ],
     ids=["more", "fewer", "others", "shape"],
 )
@@ -289,7 +289,7 @@ def test_any_safetensors_reader_sees_the_arrays(path):
     np.testing.assert_array_equal(whole["layers/0/kernel"], tree["layers"][0]["kernel"])
     assert whole["big"].dtype == np.uint8  # coded
     with safetensors.safe_open(path, framework="numpy") as file:
-        assert set(file.metadata()) == {"jaxcomp"}
+        assert set(file.metadata()) == {"jaxcomp", "jaxcomp_notes"}
         np.testing.assert_array_equal(file.get_tensor("bias"), tree["bias"])
 
 
@@ -320,9 +320,9 @@ def test_a_safetensors_file_of_somebody_else_is_an_error_that_says_so(path):
 def test_a_newer_version_is_an_error_that_says_so(path):
     jc.save(path, {"w": jnp.ones(2)})
     data = path.read_bytes()
-    assert data.count(b'"jaxcomp":"1 ') == 1
-    path.write_bytes(data.replace(b'"jaxcomp":"1 ', b'"jaxcomp":"2 '))
-    with pytest.raises(ValueError, match="version 1 .* is of version 2. Update"):
+    assert data.count(b'"jaxcomp":"2 ') == 1
+    path.write_bytes(data.replace(b'"jaxcomp":"2 ', b'"jaxcomp":"3 '))
+    with pytest.raises(ValueError, match="versions 1 to 2 .* is of version 3. Update"):
         jc.load(path)
 
 
@@ -583,7 +583,7 @@ def test_pruning_and_sharing_add_up(path):
 @pytest.mark.parametrize("shape", [(), (30,), (64, 64)])
 def test_noise_costs_little_more_than_itself(path, shape):
     w = random_bits(np.dtype("uint32"), shape)
-    assert jc.save(path, {"kernel": w}) < w.nbytes + 250
+    assert jc.save(path, {"kernel": w}) < w.nbytes + 350
 
 
 def test_a_tied_leaf_is_stored_once(path):

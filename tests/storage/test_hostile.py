@@ -121,7 +121,7 @@ def test_a_header_that_makes_no_sense_is_one_error_with_file_and_fault(
         ({"shape": [1] * 99 + [3]}, "is not the shape of an array"),
         ({"shape": [2**40, 2**40]}, "fits no memory"),
         ({"shape": [2**60, 0]}, "fits no memory"),
-        ({"dtype": "F8_E8M0"}, "needs dtypes of version 1 of the format, but 'a' of"),
+        ({"dtype": "F8_E8M0"}, "needs dtypes of version 2 of the format, but 'a' of"),
     ],
     ids=str,
 )
@@ -141,7 +141,7 @@ def test_a_file_without_our_metadata_is_somebody_elses(path, metadata):
         load(path)
 
 
-@pytest.mark.parametrize("version", ["2", "1" * 5000, "\u0661"])
+@pytest.mark.parametrize("version", ["3", "1" * 5000, "\u0661"])
 def test_another_version_is_said_in_few_words(path, version):
     path.write_bytes(file_of({"__metadata__": {"jaxcomp": f"{version} 00000000 {{}}"}}))
     with pytest.raises(FileFault, match="is of version .{1,20}. Update"):
@@ -151,12 +151,14 @@ def test_another_version_is_said_in_few_words(path, version):
 def test_as_many_checksums_as_tensors_are_needed(path):
     save(path, {"w": jnp.ones(2)})
     data = path.read_bytes()
-    assert data.count(b'"jaxcomp":"1 ') == 1
-    path.write_bytes(data.replace(b'"jaxcomp":"1 ', b'"jaxcomp":"1  '))
+    assert data.count(b'"jaxcomp":"2 ') == 1
+    path.write_bytes(data.replace(b'"jaxcomp":"2 ', b'"jaxcomp":"2  '))
     with pytest.raises(FileFault):
         load(path)
-    path.write_bytes(file_of({"__metadata__": {"jaxcomp": "1 00000000abcdef01 {}"}}))
-    with pytest.raises(FileFault, match="it has 2 checksums for 0 tensors. Fetch"):
+    path.write_bytes(
+        file_of({"__metadata__": {"jaxcomp": "2 00000000abcdef0102030405 {}"}})
+    )
+    with pytest.raises(FileFault, match="it has 3 checksums for 0 tensors. Fetch"):
         load(path)
 
 
@@ -211,9 +213,9 @@ CODES = field(encode_symbols(ARRAY))
             {"a/codes": ARRAY},
             r"'a/codes': another has one of the tensors \['a/codes'\]",
         ),
-        ({"a": ["value", []]}, {}, r"leaf 'a': \['value', \[\]\] is none of version 1"),
-        ({"a": ["value", None]}, {}, r"\['value', None\] is none of version 1"),
-        ({"a": ["__reduce__", "os.system"]}, {}, "is none of version 1"),
+        ({"a": ["value", []]}, {}, r"leaf 'a': \['value', \[\]\] is none of version 2"),
+        ({"a": ["value", None]}, {}, r"\['value', None\] is none of version 2"),
+        ({"a": ["__reduce__", "os.system"]}, {}, "is none of version 2"),
         ({"a": ["QTensor", [4, [6], []], {}]}, BLOB, "is shorter than argument 1"),
         ({"a": ["QTensor", [4, [6], [], -6]]}, {}, "its group cannot be -6"),
         ({"a": ["QTensor", [4.0, [6], [], 6]]}, {}, "its bits cannot be 4.0"),
