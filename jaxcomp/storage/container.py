@@ -95,8 +95,10 @@ def save(
 
         def code(item: tuple[str, Any]) -> _Coded:
             name, leaf = item
-            leaf = leaf if each is None else each(name, leaf)
-            return _code(name, leaf, workers.encode_block)
+            stored = leaf if each is None else each(name, leaf)
+            coded = _code(name, stored, workers.encode_block)
+            files.forget(leaf)
+            return coded
 
         coded = coders.ahead(code, list(named.items()), sizes, threads)
         for name, found in zip(named, coded, strict=True):
@@ -310,6 +312,8 @@ class Leaves(Mapping[str, Any]):
         self.check_size(f"leaf {name!r}", fields.nbytes())
         try:
             arrays = fields.read(self.tensors, ranks)
+            for tensor in set(fields.tensors.values()) - {POOL}:
+                files.forget(self.tensors.views[tensor])
             return make({field: adopt(x) for field, x in arrays.items()})
         except (files.FileFault, MemoryError):
             raise

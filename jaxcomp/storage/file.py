@@ -11,6 +11,7 @@ may have replaced the file.
 import dataclasses
 import json
 import math
+import mmap
 import os
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -223,6 +224,20 @@ def read_file(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     """
     structure, tensors = map_file(path, default_limit(path))
     return structure, dict(tensors)
+
+
+def forget(x: Any) -> None:
+    """Gives back the memory of a view of a mapped file; used again, it is read again.
+
+    The system would do so by itself when it needs the memory, but not before.
+    """
+    base = x
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(base, "madvise") and x.size:
+        start = x.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+        before = start % mmap.PAGESIZE
+        base.madvise(mmap.MADV_DONTNEED, start - before, before + x.nbytes)
 
 
 def write_file(

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 import jaxcomp as jc
 from jaxcomp import coders
-from jaxcomp.storage import container
+from jaxcomp.storage import file as files
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_changed_note_is_found(tmp_path):
 
 @pytest.mark.parametrize("notes", ["[]", "{", '{"a":1,"a":2}'])
 def test_notes_that_make_no_sense_are_an_error(tmp_path, notes):
-    container.files.write_file(tmp_path / "w.jxc", "{}", {}, notes)
+    files.write_file(tmp_path / "w.jxc", "{}", {}, notes)
     with pytest.raises(jc.FileFault, match="its notes make no sense"):
         jc.read_notes(tmp_path / "w.jxc")
 
@@ -179,3 +179,15 @@ def test_a_leaf_that_is_tied_to_nothing_or_to_itself_is_an_error(tmp_path):
         jc.save(tmp_path / "in.jxc", tree)
         with pytest.raises(jc.FileFault, match=f"leaf 'b' is tied, but {said}"):
             jc.restore_checkpoint(tmp_path / "in.jxc", tmp_path / "w.npz")
+
+
+def test_a_mapped_leaf_that_was_forgotten_is_read_again(tmp_path):
+    w = np.random.default_rng(0).normal(size=(300, 50)).astype(np.float32)
+    jc.write_checkpoint(tmp_path / "w.safetensors", {"a": w, "b": w[:7], "c": w[:0]})
+    tree = jc.read_checkpoint(tmp_path / "w.safetensors")
+    for leaf in tree.values():
+        files.forget(leaf)
+    np.testing.assert_array_equal(tree["a"], w)
+    np.testing.assert_array_equal(tree["b"], w[:7])
+    files.forget(w)  # not mapped: nothing happens
+    assert w.any()
