@@ -35,6 +35,11 @@ from jaxcomp.quant import quantize_searched as quantize_searched
 from jaxcomp.quant import quantize_step as quantize_step
 from jaxcomp.quant import quantize_ternary as quantize_ternary
 from jaxcomp.quant import quantize_tree as quantize_tree
+from jaxcomp.recipe import Plan as Plan
+from jaxcomp.recipe import PlannedLeaf as PlannedLeaf
+from jaxcomp.recipe import apply_plan as apply_plan
+from jaxcomp.recipe import plan_tree as plan_tree
+from jaxcomp.recipe import read_recipe as read_recipe
 from jaxcomp.report import Report as Report
 from jaxcomp.report import report as report
 from jaxcomp.share import SharedTensor as SharedTensor

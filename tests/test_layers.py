@@ -17,7 +17,7 @@ LEVELS = {
     **dict.fromkeys(["prune", "quant", "share", "lowrank"], 2),
     **dict.fromkeys(["train", "storage", "testing", "program", "solve"], 3),
     **dict.fromkeys(["distill", "report", "plot"], 4),
-    "compress": 5,
+    **dict.fromkeys(["compress", "recipe"], 5),
     **dict.fromkeys(["demo", "cli"], 6),
     "jaxcomp": 7,  # __init__.py
 }

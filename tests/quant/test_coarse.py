@@ -82,7 +82,11 @@ def test_zeros_and_signs_are_exact_and_a_second_rounding_changes_nothing(
     np.testing.assert_allclose(grid(small.dense()).dense(), y, rtol=1e-6)
 
 
-@given(hnp.arrays(np.float32, (4, 6), elements=st.floats(-4, 4, width=32)))
+# XLA takes subnormal numbers for zeros, which have no say in the scale.
+NORMAL = st.floats(-4, 4, width=32, allow_subnormal=False)
+
+
+@given(hnp.arrays(np.float32, (4, 6), elements=NORMAL))
 @settings(max_examples=30)
 def test_no_binary_values_have_a_smaller_error(x):
     def error(scale):
