@@ -4,6 +4,8 @@ from jaxcomp import distill as distill
 from jaxcomp import program as program
 from jaxcomp import prune as prune
 from jaxcomp import testing as testing
+from jaxcomp.difference import Difference as Difference
+from jaxcomp.difference import difference as difference
 from jaxcomp.distill import cache_teacher as cache_teacher
 from jaxcomp.distill import distill_loss as distill_loss
 from jaxcomp.distill import distill_step as distill_step
@@ -11,6 +13,8 @@ from jaxcomp.distill import ensemble as ensemble
 from jaxcomp.distill import fit_distill as fit_distill
 from jaxcomp.distill import soft_target_loss as soft_target_loss
 from jaxcomp.distill import with_features as with_features
+from jaxcomp.inspection import Inspection as Inspection
+from jaxcomp.inspection import inspect_tree as inspect_tree
 from jaxcomp.node import CompressedArray as CompressedArray
 from jaxcomp.node import TiedTensor as TiedTensor
 from jaxcomp.node import densify as densify

@@ -1,4 +1,4 @@
-"""The command line: thin, the same functions on files."""
+"""The command line: thin, the same functions on files; each command is in a file."""
 
 import secrets
 from pathlib import Path
@@ -8,20 +8,19 @@ import typer
 from rich.console import Console
 
 from jaxcomp import demo as demonstration
-from jaxcomp.report import report
-from jaxcomp.storage import load
+from jaxcomp.commands.bench import bench
+from jaxcomp.commands.compress import compress
+from jaxcomp.commands.diff import diff
+from jaxcomp.commands.inspect import inspect
+from jaxcomp.commands.restore import restore
+from jaxcomp.commands.terminal import one_line_errors
+from jaxcomp.commands.verify import verify
 
 
 app = typer.Typer(
     help="Small JAX models.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 _console = Console()
-
-
-def _fail(error: Exception) -> typer.Exit:
-    """Says what is wrong in one line, and ends with status 1."""
-    Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
-    return typer.Exit(1)
 
 
 @app.command()
@@ -41,30 +40,13 @@ def demo(
 ) -> None:
     """Train a network, make it about 40 times smaller on disk, evaluate the file."""
     drawn = secrets.randbelow(2**31) if seed is None else seed
-    try:
+    with one_line_errors():
         found = demonstration.load_digits() if digits else demonstration.load_data(data)
-    except (OSError, ImportError) as error:
-        raise _fail(error) from error
     stages = demonstration.run(found, drawn, out)
     _console.print(demonstration.as_table(found, drawn, stages))
-    _console.print(f"Wrote {out} and {out.with_suffix('.png')}.", highlight=False)
-    _console.print(f"See what is in it: jaxcomp inspect {out}", highlight=False)
+    typer.echo(f"Wrote {out} and {out.with_suffix('.png')}.")
+    typer.echo(f"See what is in it: jaxcomp inspect {out}")
 
 
-@app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(help="A file that jaxcomp.save wrote.")],
-) -> None:
-    """Show what a file holds, leaf by leaf."""
-    try:
-        found = report(load(file))
-        size = file.stat().st_size
-    except (OSError, ValueError) as error:
-        raise _fail(error) from error
-    _console.print(found)
-    ratio = found.total.dense_bytes / size
-    _console.print(
-        f"{file}: {size:,} bytes on disk, {ratio:.1f}x smaller than its "
-        f"{found.total.dense_bytes:,} bytes of arrays.",
-        highlight=False,
-    )
+for _command in (inspect, compress, restore, diff, verify, bench):
+    app.command()(_command)

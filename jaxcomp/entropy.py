@@ -92,13 +92,18 @@ def encode_symbols(
     return b"".join([encode_varint(symbols.size), *blocks])
 
 
-def decode_symbols(data: bytes | memoryview, size: int | None = None) -> np.ndarray:
+def decode_symbols(
+    data: bytes | memoryview,
+    size: int | None = None,
+    ranks: Callable[[bytes, np.ndarray, int], Iterator[np.ndarray]] | None = None,
+) -> np.ndarray:
     """The symbols that `encode_symbols` coded.
 
     Args:
       data: one whole stream.
       size: the number of symbols the stream must hold, if the caller knows it; another
         number is refused before anything is allocated.
+      ranks: does what `decode_ranks` does, maybe elsewhere; None for that itself.
 
     Returns:
       uint8[size] if every symbol is below 256, else uint16[size].
@@ -109,7 +114,7 @@ def decode_symbols(data: bytes | memoryview, size: int | None = None) -> np.ndar
     >>> decode_symbols(bytes.fromhex("04 01 06 06"))
     array([6, 7, 7, 6], dtype=uint8)
     """
-    return np.concatenate([np.zeros(0, np.uint8), *decode_pieces(data, size)])
+    return np.concatenate([np.zeros(0, np.uint8), *decode_pieces(data, size, ranks)])
 
 
 def decode_pieces(

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jaxcomp import _check
 from jaxcomp.entropy import order0_entropy
 from jaxcomp.node import densify, flatten, is_compressed
-from jaxcomp.storage.leaves import KINDS, symbols
+from jaxcomp.storage.leaves import code_counts
 from jaxcomp.tree import NOT_MATRICES, last_key, strays
 
 
@@ -96,8 +97,8 @@ class Report(NamedTuple):
 def _cells(row: Row) -> list[str]:
     shape = ",".join(map(str, row.shape))
     cells = [
-        row.path,
-        row.done,
+        escape(row.path),
+        escape(row.done),
         f"{_short(row.dtype)}[{shape}]" if row.dtype else "",
         f"{row.zeros / row.size:.1%}" if row.size else "",
         "" if row.values is None else f"{row.values:,}",
@@ -216,12 +217,10 @@ def _width(dtype: Any) -> int:
 
 def _coded_bits(node: Any) -> float:
     """The entropy of a node's codes, and its other arrays in full, in bits."""
-    fields = KINDS[type(node).__name__][1]
-    held = [name for name in fields if getattr(node, name) is not None]
-    streams = [symbols(node, name) for name in held]
+    held = code_counts(node)
     packed = sum(8 * getattr(node, name).size for name in held)
-    entropy = sum(s.size * order0_entropy(np.bincount(s)) for s in streams)
-    return entropy + node.nbits() - packed
+    entropy = sum(counts.sum() * order0_entropy(counts) for counts in held.values())
+    return float(entropy) + node.nbits() - packed
 
 
 def _reason(path: str, leaf: Any, zeros: int) -> str:

@@ -16,9 +16,9 @@ LEVELS = {
     **dict.fromkeys(["tree", "entropy", "coders", "schedules"], 1),
     **dict.fromkeys(["prune", "quant", "share", "lowrank"], 2),
     **dict.fromkeys(["train", "storage", "testing", "program", "solve"], 3),
-    **dict.fromkeys(["distill", "report", "plot"], 4),
+    **dict.fromkeys(["distill", "report", "plot", "difference", "inspection"], 4),
     **dict.fromkeys(["compress", "recipe"], 5),
-    **dict.fromkeys(["demo", "cli"], 6),
+    **dict.fromkeys(["demo", "cli", "commands"], 6),
     "jaxcomp": 7,  # __init__.py
 }
 ALONE = (2, 3)  # rooms of these levels do not import each other

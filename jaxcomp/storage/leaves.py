@@ -92,6 +92,13 @@ def symbols(node: Any, field: str) -> np.ndarray:
     return np.asarray(packing.unpack(packed, node.bits, count)).reshape(-1)
 
 
+def code_counts(node: Any) -> dict[str, np.ndarray]:
+    """How often each code occurs, by the fields that hold packed codes."""
+    fields = KINDS[type(node).__name__][1]
+    held = [name for name in fields if getattr(node, name) is not None]
+    return {name: np.bincount(symbols(node, name)) for name in held}
+
+
 def encode_fields(leaf: Any, arrays: dict[str, np.ndarray], block: Callable) -> bytes:
     """Each array coded, behind its length as a varint."""
     codes = KINDS[type(leaf).__name__][1] if is_compressed(leaf) else ()

@@ -7,7 +7,7 @@ import numpy as np
 from jaxcomp import _check
 from jaxcomp.entropy import order0_entropy
 from jaxcomp.node import is_compressed
-from jaxcomp.storage.leaves import KINDS, symbols
+from jaxcomp.storage.leaves import code_counts
 from jaxcomp.storage.planes import encode_array
 
 
@@ -28,13 +28,12 @@ def coded_bytes(stored: Any, times: float) -> float:
     """Bytes that the coder leaves of what is stored, if it were that much more."""
     if not is_compressed(stored):
         return times * len(encode_array(np.asarray(stored)))
-    total, packed = 0.0, KINDS[type(stored).__name__][1]
+    total, packed = 0.0, code_counts(stored)
+    for counts in packed.values():
+        bits = times * int(counts.sum()) * order0_entropy(counts)
+        total += bits / 8 + np.count_nonzero(counts)  # its table: a byte a symbol
     for name, x in vars(stored).items():
-        if name in packed and x is not None:
-            counts = np.bincount(symbols(stored, name))
-            bits = times * int(counts.sum()) * order0_entropy(counts)
-            total += bits / 8 + np.count_nonzero(counts)  # its table: a byte a symbol
-        elif _check.is_array(x):
+        if name not in packed and _check.is_array(x):
             size = len(encode_array(np.asarray(x)))
             total += size if name == "codebook" else times * size
     return total
