@@ -24,7 +24,7 @@ from jaxcomp.entropy import decode_ranks, encode_block
 
 T = TypeVar("T")
 _WORTH = 1 << 25  # bytes; what is less is done before a process has started
-_SHORT = 1 << 16  # symbols; as many take no longer than the way through the pipes
+_SHORT = 1 << 14  # symbols; as many take no longer than the way through the pipes
 _AHEAD = 1 << 28  # bytes of items that are worked on at once
 
 _REQUEST = struct.Struct("<BQQQ")  # what to do, two numbers for it, bytes that follow

@@ -6,9 +6,8 @@ is the rANS stack of constriction; this file adds what a file format needs: inte
 frequencies that any other decoder can rebuild exactly, a table of a byte or so per
 symbol, and plain bit packing where coding would not pay.
 
-A stream is the varint of the number of symbols, then blocks of at most 2**22 of them.
-Bits fill a byte from the lowest, as in `jaxcomp.bits`; this file is NumPy, so that it
-compiles nothing for the many lengths that streams have.
+A stream is the varint of the number of symbols, then blocks of at most 2**22 of them,
+each with a table of its own: where the symbols change, a block ends.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -16,39 +15,18 @@ from collections.abc import Callable, Generator, Iterator
 import constriction
 import numpy as np
 
+from jaxcomp.cuts import cuts
+from jaxcomp.cuts import order0_entropy as order0_entropy
+from jaxcomp.tables import damaged, decode_table, encode_table, pack, unpack
 
-BLOCK = 1 << 22  # symbols
+
+BLOCK = 1 << 22  # symbols at most
+_SHORTEST = 15  # log2 of the symbols of a block, but for the last of a stream
+_LONGEST = 22
 _PIECE = 1 << 18  # symbols, a multiple of 8; bounds the memory that decoding takes
 _CODED = 17  # block kinds 0 to 16 are packed, with that many bits a symbol
+_KINDS = 18  # a block's first byte is its kind, and so many for each halving of 2**22
 _MASS = 1 << 24  # the frequencies of a block add up to this; fixed by constriction
-_TABLE = 1 << 17  # bytes; the runs and roots of 65,536 symbols need fewer
-
-
-def order0_entropy(counts: np.ndarray) -> float:
-    """The Shannon entropy of a histogram, in bits per symbol.
-
-    Args:
-      counts: int[symbols]; how often each symbol occurs, none negative.
-
-    Returns:
-      Bits per symbol; 0.0 when no symbol or only one occurs.
-
-    Raises:
-      ValueError: a count is negative.
-
-    >>> order0_entropy(np.array([2, 1, 1, 0]))
-    1.5
-    """
-    seen = np.asarray(counts, np.float64)
-    if np.any(seen < 0):
-        raise ValueError(
-            f"order0_entropy needs counts >= 0, got {seen.min():g}. Pass a histogram, "
-            "such as that of np.bincount."
-        )
-    seen = seen[seen > 0]
-    if seen.size < 2:
-        return 0.0
-    return float(seen @ np.log2(seen.sum() / seen) / seen.sum())
 
 
 def encode_symbols(
@@ -183,42 +161,65 @@ def decode_varint(data: bytes | memoryview, pos: int) -> tuple[int, int]:
     )
 
 
-def _damaged(what: str) -> ValueError:
-    return ValueError(
-        f"decode_symbols needs a whole stream of encode_symbols, got one where {what}. "
-        "The data is cut off, damaged or something else: fetch it again."
-    )
-
-
 def encode_block(symbols: np.ndarray, is_last: bool) -> bytes:
-    """A block of a stream: at least one and at most ``BLOCK`` symbols."""
-    counts = _histogram(symbols)
+    """Blocks of a stream for 2**22 symbols, or for those that are left at its end."""
+    if symbols.dtype != np.uint8 and symbols.max() < 256:
+        symbols = symbols.astype(np.uint8)
+    # Histograms of more than bytes are larger, so there are fewer of them.
+    shortest = _SHORTEST if symbols.dtype == np.uint8 else 18
+    if symbols.size <= 1 << shortest:
+        return _encode_part(symbols, _histogram(symbols), 0, is_last)
+    leaf = 1 << shortest
+    parts = -(-symbols.size // leaf)
+    width = int(symbols.max()) + 1
+    counts = np.zeros((1 << (parts - 1).bit_length(), width), np.int64)
+    for i in range(parts):
+        counts[i] = np.bincount(symbols[i * leaf : (i + 1) * leaf], minlength=width)
+    coded = []
+    for start, length, own in cuts(counts):
+        part = symbols[start * leaf : (start + length) * leaf]
+        halvings = _LONGEST - shortest - (length.bit_length() - 1)
+        ends = (start + length) * leaf >= symbols.size
+        if is_last and ends:
+            halvings = 0  # it has what is left
+        coded.append(_encode_part(part, own, halvings, is_last and ends))
+        if ends:
+            break
+    return b"".join(coded)
+
+
+def _encode_part(
+    symbols: np.ndarray, counts: np.ndarray, halvings: int, is_last: bool
+) -> bytes:
+    """One block, for the histogram of its symbols."""
     alphabet = np.flatnonzero(counts)
     counts = counts[alphabet]
     base = int(alphabet[0])
     width = (int(alphabet[-1]) - base).bit_length()
-    packed = bytes([width]) + encode_varint(base)
+    packed = bytes([_KINDS * halvings + width]) + encode_varint(base)
     if alphabet.size == 1:
         return packed
     # Twice the square root, rounded, is as fine as the counts deserve: the error costs
     # about 1/24 nat per symbol of the alphabet, 1/8 at most, whatever the counts are.
     # Square root and rounding are exact in IEEE arithmetic, so the bytes are portable.
     roots = np.rint(2 * np.sqrt(counts)).astype(np.uint16)
-    table = _encode_table(alphabet, roots)
+    table = encode_table(alphabet, roots)
     # The collision entropy bounds the entropy from below. In integers: no logarithm
     # whose last bit depends on the platform. Saves coding bytes that are pure noise.
     excess = int(counts @ counts << width) - symbols.size**2
     if 3 * excess > 2 * 8 * len(table) * symbols.size:
         ranks = np.zeros(alphabet[-1] + 1, np.int32)
         ranks[alphabet] = np.arange(alphabet.size)
+        is_dense = alphabet[-1] == alphabet.size - 1  # then they are ranks already
+        found = symbols.astype(np.int32) if is_dense else ranks[symbols]
         coder = constriction.stream.stack.AnsCoder()
-        coder.encode_reverse(ranks[symbols], _model(roots))
+        coder.encode_reverse(found, _model(roots))
         payload = coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
         length = b"" if is_last else encode_varint(len(payload))
-        coded = bytes([_CODED]) + table + length + payload
+        coded = bytes([_KINDS * halvings + _CODED]) + table + length + payload
         if len(coded) < len(packed) + (symbols.size * width + 7) // 8:
             return coded
-    return packed + _pack(symbols - symbols.dtype.type(base), width)
+    return packed + pack(symbols - symbols.dtype.type(base), width)
 
 
 def decode_ranks(payload: bytes, roots: np.ndarray, count: int) -> Iterator[np.ndarray]:
@@ -238,7 +239,7 @@ def decode_ranks(payload: bytes, roots: np.ndarray, count: int) -> Iterator[np.n
     for start in range(0, count, _PIECE):
         yield coder.decode(model, min(_PIECE, count - start))
     if not coder.is_empty():  # decoding undoes encoding down to the empty stack
-        raise _damaged(
+        raise damaged(
             f"a payload of {len(payload)} bytes does not decode to {count} symbols"
         )
 
@@ -258,48 +259,54 @@ def _decode_blocks(
     data: bytes | memoryview, pos: int, left: int, ranks: Callable
 ) -> Iterator[np.ndarray]:
     while left:
-        count = min(left, BLOCK)
-        pos = yield from _decode_block(data, pos, count, count == left, ranks)
+        if pos >= len(data):
+            raise damaged(f"a block is missing, and {left} symbols with it")
+        halvings, kind = divmod(data[pos], _KINDS)
+        if halvings > _LONGEST - _SHORTEST:
+            raise damaged(f"byte {pos} names the unknown block kind {data[pos]}")
+        count = min(left, BLOCK >> halvings)
+        is_last = count == left
+        pos = yield from _decode_block(data, pos, kind, count, is_last, ranks)
         left -= count
     if pos != len(data):
-        raise _damaged(f"{len(data) - pos} bytes follow the last block")
+        raise damaged(f"{len(data) - pos} bytes follow the last block")
 
 
 def _decode_block(
-    data: bytes | memoryview, pos: int, count: int, is_last: bool, ranks: Callable
+    data: bytes | memoryview,
+    pos: int,
+    kind: int,
+    count: int,
+    is_last: bool,
+    ranks: Callable,
 ) -> Generator[np.ndarray, None, int]:
     """Yields the symbols of a block, and returns where it ends."""
-    if pos >= len(data):
-        raise _damaged(f"a block of {count} symbols is missing")
-    kind = data[pos]
-    if kind > _CODED:
-        raise _damaged(f"byte {pos} names the unknown block kind {kind}")
     if kind < _CODED:
         base, pos = decode_varint(data, pos + 1)
         end = pos + (count * kind + 7) // 8
         if end > len(data):
-            raise _damaged(f"{end - len(data)} bytes of packed symbols are missing")
+            raise damaged(f"{end - len(data)} bytes of packed symbols are missing")
         for start in range(0, count, _PIECE):
             piece = min(_PIECE, count - start)
             stop = pos + (piece * kind + 7) // 8
-            symbols = _unpack(data[pos:stop], piece, kind)
+            symbols = unpack(data[pos:stop], piece, kind)
             top = base + int(symbols.max())
             if top > 65535:
-                raise _damaged(f"symbols reach {top}, over 65535")
+                raise damaged(f"symbols reach {top}, over 65535")
             dtype = np.dtype(np.uint8 if top < 256 else np.uint16)
             yield symbols.astype(dtype, copy=False) + dtype.type(base)
             pos = stop
         return end
-    alphabet, roots, pos = _decode_table(data, pos + 1, count)
+    alphabet, roots, pos = decode_table(data, pos + 1, count)
     if np.sum(roots.astype(np.int64) ** 2) > 8 * count:  # no counts have such roots
-        raise _damaged(f"the table does not fit a block of {count} symbols")
+        raise damaged(f"the table does not fit a block of {count} symbols")
     length, pos = (len(data) - pos, pos) if is_last else decode_varint(data, pos)
     width = int(alphabet[-1] - alphabet[0]).bit_length()
     if 8 * length > count * width + 7:
-        raise _damaged(f"a payload of {length} bytes is longer than packed symbols")
+        raise damaged(f"a payload of {length} bytes is longer than packed symbols")
     payload = bytes(data[pos : pos + length])
     if len(payload) < max(length, 1) or payload.endswith(b"\0"):
-        raise _damaged(f"a payload of {length} bytes is cut off or ends in a zero")
+        raise damaged(f"a payload of {length} bytes is cut off or ends in a zero")
     for found in ranks(payload, roots, count):
         yield alphabet[found]
     return pos + length
@@ -313,74 +320,3 @@ def _model(roots: np.ndarray) -> constriction.stream.model.Categorical:
     edges = np.cumsum(roots.astype(np.int64) ** 2)
     p = np.diff(edges * free // edges[-1], prepend=0)
     return constriction.stream.model.Categorical(p.astype(np.float64), perfect=False)
-
-
-def _encode_table(alphabet: np.ndarray, roots: np.ndarray) -> bytes:
-    breaks = np.flatnonzero(np.diff(alphabet) > 1) + 1
-    starts = alphabet[np.concatenate([[0], breaks])]
-    stops = alphabet[np.concatenate([breaks - 1, [-1]])] + 1
-    steps = np.diff(np.stack([starts, stops], axis=1).ravel())  # run, gap, run, ...
-    width = int(roots.max()).bit_length()
-    numbers = [starts.size, int(starts[0]) + 1, *steps.tolist(), width]
-    # Elias gamma: as many zeros as bits follow the leading one, lowest bit first.
-    bits = "".join("0" * (v.bit_length() - 1) + "1" + f"{v:b}"[:0:-1] for v in numbers)
-    return int(bits[::-1], 2).to_bytes((len(bits) + 7) // 8, "little") + _pack(
-        roots, width
-    )
-
-
-def _decode_table(
-    data: bytes | memoryview, pos: int, count: int
-) -> tuple[np.ndarray, np.ndarray, int]:
-    window = np.frombuffer(data[pos : pos + _TABLE], np.uint8)
-    bits = (np.unpackbits(window, bitorder="little") + ord("0")).tobytes()
-    runs, at = _decode_gamma(bits, 0)
-    first, at = _decode_gamma(bits, at)
-    edges = [first - 1]
-    most = 2 * min(runs, count)  # every run has a symbol that occurs
-    while len(edges) < most and edges[-1] < 65536:
-        step, at = _decode_gamma(bits, at)
-        edges.append(edges[-1] + step)
-    if len(edges) < 2 * runs or not edges[0] + 2 <= edges[-1] <= 65536:
-        raise _damaged(f"a table of {runs} runs from {edges[0]} reaches {edges[-1]}")
-    width, at = _decode_gamma(bits, at)
-    alphabet = np.concatenate(
-        [np.arange(*run) for run in zip(edges[::2], edges[1::2], strict=True)]
-    ).astype(np.uint8 if edges[-1] <= 256 else np.uint16)
-    pos += (at + 7) // 8
-    end = pos + (alphabet.size * width + 7) // 8
-    if width > 16 or end > len(data):
-        raise _damaged(f"{alphabet.size} roots of {width} bits are not there")
-    roots = _unpack(data[pos:end], alphabet.size, width)
-    if not roots.all():
-        raise _damaged("the table lists a symbol with the root 0")
-    return alphabet, roots, end
-
-
-def _decode_gamma(bits: bytes, at: int) -> tuple[int, int]:
-    one = bits.find(b"1", at, at + 17)  # no number in a table has more than 17 bits
-    end = 2 * one - at + 1
-    if one < 0 or end > len(bits):
-        raise _damaged("the table ends early or holds a number over 131071")
-    return int(b"1" + bits[one + 1 : end][::-1], 2), end
-
-
-def _pack(values: np.ndarray, width: int) -> bytes:
-    if width in (8, 16):
-        return values.astype(f"<u{width // 8}").tobytes()
-    bits = np.empty((values.size, width), np.uint8)
-    for i in range(width):
-        bits[:, i] = values >> i & 1
-    return np.packbits(bits, bitorder="little").tobytes()
-
-
-def _unpack(data: bytes | memoryview, count: int, width: int) -> np.ndarray:
-    if width in (8, 16):
-        return np.frombuffer(data, f"<u{width // 8}")
-    window = np.frombuffer(data, np.uint8)
-    bits = np.unpackbits(window, count=count * width, bitorder="little")
-    dtype = np.dtype(np.uint8 if width <= 8 else np.uint16)
-    values = np.zeros(count, dtype)
-    for i, column in enumerate(bits.reshape(count, width).T):
-        values |= column.astype(dtype) << i
-    return values

@@ -10,10 +10,11 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcomp import entropy
+from jaxcomp.cuts import _times_log2
 from jaxcomp.entropy import (
     decode_symbols,
     decode_varint,
@@ -288,6 +289,15 @@ BAR = {
     "256 symbols at 0.36 bit": draw(5, 100_000, range(256), [10_000, *255 * [1]]),
     "sparse symbols": draw(6, 100_000, range(0, 256, 5), 1 / np.arange(1, 53)),
     "a million": draw(7, 1_000_000, range(200), np.exp(-np.arange(200) / 30)),
+    "codes of a normal": draw(
+        13, 100_000, range(15), np.exp(-(np.arange(-7, 8) ** 2) / 8)
+    ),
+    "two peaks": draw(
+        14, 100_000, range(64), np.exp(-((abs(np.arange(-32, 32)) - 20.0) ** 2) / 30)
+    ),
+    "a heavy tail": draw(15, 100_000, range(256), np.arange(1.0, 257.0) ** -1.2),
+    "100 as frequent as each other": draw(16, 100_000, range(100), np.ones(100)),
+    "0.2 bit": shuffled([97_000, 2_800, 150, 50]),
     # Counts whose root errs most when rounded, some up and some down.
     "the worst counts": shuffled([98_000, *51 * [3, 5, 8, 11, 18]]),
 }
@@ -340,6 +350,11 @@ def test_noise_takes_at_most_8_bytes_more_than_raw(dtype, size):
     assert len(encode_symbols(noise)) <= noise.nbytes + 8
 
 
+@given(streams())
+def test_no_stream_takes_64_bytes_more_than_its_symbols(stream):
+    assert len(encode_symbols(stream)) <= stream.nbytes + 64
+
+
 def test_equally_frequent_symbols_are_packed():
     data = encode_symbols(shuffled(16 * [1000]))
     assert len(data) == 16_000 // 2 + 4
@@ -367,8 +382,8 @@ def gammas(*values):
     [
         (b"", "needs a varint of at most 9 bytes at byte 0, got 0 bytes"),
         (b"\xff" * 20, "needs a varint of at most 9 bytes at byte 0, got 20 bytes"),
-        (b"\x05", "a block of 5 symbols is missing"),
-        (b"\x05\x12", "byte 1 names the unknown block kind 18"),
+        (b"\x05", "a block is missing, and 5 symbols with it"),
+        (b"\x05\x90", "byte 1 names the unknown block kind 144"),
         (b"\x05\x02", "needs a varint of at most 9 bytes at byte 2"),
         (b"\x05\x02\x00\x11", "1 bytes of packed symbols are missing"),
         (b"\x01\x01\xff\xff\x03\x01", "symbols reach 65536, over 65535"),
@@ -472,3 +487,61 @@ def test_varints_round_trip_and_take_seven_bits_a_byte(value, before):
 def test_varints_of_negative_numbers_are_refused():
     with pytest.raises(ValueError, match="encode_varint needs a value >= 0, got -1"):
         encode_varint(-1)
+
+
+# Where a stream changes.
+
+
+def changing(*parts):
+    rng = np.random.default_rng(0)
+    return np.concatenate([rng.geometric(p, n).clip(max=200) for p, n in parts])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_block_ends_where_the_symbols_change(dtype):
+    symbols = changing((0.9, 1 << 16), (0.02, 1 << 16), (0.5, 50_001)).astype(dtype)
+    stream = encode_symbols(symbols)
+    np.testing.assert_array_equal(decode_symbols(stream), symbols)
+    parts = np.split(symbols, [1 << 16, 1 << 17])
+    apart = sum(order0_entropy(np.bincount(p)) * p.size / 8 for p in parts)
+    assert len(stream) < 1.001 * apart + 400  # for three tables
+    assert order0_entropy(np.bincount(symbols)) * symbols.size / 8 > 1.2 * apart
+
+
+def test_symbols_that_do_not_change_are_one_block():
+    symbols = changing((0.3, 1 << 18)).astype(np.uint8)
+    assert encode_symbols(symbols)[3] == 17  # behind three bytes of the size
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.02, 0.5, 1.0]), st.integers(1, 70_000)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([np.uint8, np.uint16]),
+)
+@settings(max_examples=20)
+def test_whatever_changes_comes_back_and_never_costs_more_than_one_block(parts, dtype):
+    symbols = changing(*parts).astype(dtype)
+    stream = encode_symbols(symbols)
+    np.testing.assert_array_equal(decode_symbols(stream), symbols)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entropy, "_SHORTEST", 22)
+        patch.setattr(entropy, "cuts", None)
+        whole = encode_symbols(symbols.astype(np.uint8))
+    assert len(stream) <= 1.002 * len(whole) + 16
+
+
+def test_the_logarithm_of_counts_is_off_by_a_four_thousandth_of_a_bit():
+    counts = np.unique(np.geomspace(1, 1 << 22, 3000).astype(np.int64))
+    found = _times_log2(counts) / 2**16
+    assert np.max(np.abs(found / counts - np.log2(counts))) < 1 / 4000
+    assert _times_log2(np.array([0, 1, 2, 1 << 22])).tolist()[0] == 0
+
+
+@pytest.mark.parametrize("first", [18 * 8, 255])
+def test_a_block_shorter_than_any_is_refused(first):
+    data = encode_varint(5) + bytes([first, 6, 6])
+    with pytest.raises(ValueError, match=f"unknown block kind {first}"):
+        decode_symbols(data)

@@ -35,7 +35,12 @@ from jaxcomp.storage.leaves import (
     plan_leaf,
 )
 from jaxcomp.storage.like import into
-from jaxcomp.storage.structure import decode_tree, encode_tree
+from jaxcomp.storage.structure import (
+    decode_tree,
+    encode_tree,
+    find_spec,
+    share_specs,
+)
 
 
 ENTRY = 60  # bytes that one more tensor takes in the header, besides its name
@@ -89,6 +94,7 @@ def save(
     encode_tree(tree, take)
     sizes = [_nbytes(leaf) for leaf in named.values()]
     specs: dict[str, Any] = {}
+    offsets: dict[str, int] = {}
     pool = bytearray()
     threads = coders.threads_for(sum(sizes))
     with coders.Coders(threads) as workers, Draft(Path(path)) as draft:
@@ -102,13 +108,21 @@ def save(
 
         coded = coders.ahead(code, list(named.items()), sizes, threads)
         for name, found in zip(named, coded, strict=True):
-            specs[name] = [*found.spec, len(pool)] if found.pooled else found.spec
-            pool += found.pooled
+            specs[name] = found.spec
+            if found.pooled:
+                offsets[name] = len(pool)
+                pool += found.pooled
             for tensor, array in found.tensors.items():
                 _put(draft, tensor, array)
         if pool:
             _put(draft, POOL, np.frombuffer(pool, np.uint8))
+        shared, specs = share_specs(specs)
+        for name, offset in offsets.items():
+            spec = specs[name]
+            specs[name] = [*(spec if isinstance(spec, list) else [spec]), offset]
         structure = encode_tree(tree, lambda name, _: specs[name])
+        if shared:
+            structure = ["specs", shared, structure]
         return draft.write(json.dumps(structure, separators=(",", ":")), said)
 
 
@@ -183,7 +197,8 @@ def open_file(path: str | os.PathLike, *, max_bytes: int | None = None) -> "Leav
         try:
             if name in plans:
                 raise ValueError("another has the same path")
-            plans[name] = fields, _ = plan_leaf(name, spec, tensors.views)
+            found = find_spec(spec, shared)
+            plans[name] = fields, _ = plan_leaf(name, found, tensors.views)
             needed = set(fields.tensors.values())
             if not needed <= loose | {POOL}:
                 raise ValueError(f"another has one of the tensors {sorted(needed)}")
@@ -192,7 +207,11 @@ def open_file(path: str | os.PathLike, *, max_bytes: int | None = None) -> "Leav
             raise ValueError(f"leaf {name!r}: {error}") from error
 
     try:
-        structure = files.parse_json(text)
+        match structure := files.parse_json(text):
+            case ["specs", list(shared), inner]:
+                structure = inner
+            case _:
+                shared = []
         files.check_paths(structure, limit)
         decode_tree(structure, plan)
         if loose:

@@ -2,10 +2,14 @@
 
 A dict with string keys is a JSON object; other containers are arrays that begin with
 "list", "tuple" or "dict", the last with pairs of key and value. What else there is
-describes a leaf. A container of another class (an ``nnx.State``, a NamedTuple, an
-Equinox module) is kept as the dict of its fields.
+describes a leaf, its spec; those that several leaves have may stand in a list beside.
+A container of another class (an ``nnx.State``, a NamedTuple, an Equinox module) is kept
+as the dict of its fields.
 """
 
+import json
+import reprlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +71,44 @@ def decode_tree(structure: Any, leaf: Callable[[str, Any], Any]) -> Any:
         return leaf(path, x)
 
     return decode("", structure)
+
+
+def share_specs(specs: dict[str, list]) -> tuple[list, dict[str, Any]]:
+    """Names specs that several leaves have by their place in a list, from 1 on.
+
+    >>> share_specs({"a": ["array", 7], "b": ["array", 7], "c": ["value", 3]})
+    ([['array', 7]], {'a': 1, 'b': 1, 'c': ['value', 3]})
+    """
+    texts = {path: json.dumps(spec) for path, spec in specs.items()}
+    often = Counter(texts.values())
+    places: dict[str, int] = {}
+    for text in texts.values():
+        if often[text] > 1 and len(text) > 4:
+            places.setdefault(text, len(places) + 1)
+    named = {path: places.get(texts[path], spec) for path, spec in specs.items()}
+    return [json.loads(text) for text in places], named
+
+
+def find_spec(spec: Any, shared: list) -> Any:
+    """The spec of a leaf that may have the place of it instead, or of its beginning.
+
+    Raises:
+      ValueError: there is no such place.
+
+    >>> find_spec([1, 40], [["array", {"": [7]}]])
+    ['array', {'': [7]}, 40]
+    """
+    match spec:
+        case int(place), *offset:
+            found = find_spec(place, shared)
+            if not isinstance(found, list):
+                raise ValueError(f"{reprlib.repr(spec)} names no spec")
+            return [*found, *offset]
+        case int(place) if place and not isinstance(place, bool):
+            if not 1 <= place <= len(shared):
+                raise ValueError(f"{place} is no place among {len(shared)} specs")
+            return shared[place - 1]
+    return spec
 
 
 def _join(path: str, name: str) -> str:

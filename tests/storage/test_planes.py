@@ -206,6 +206,28 @@ def test_float32_weights_take_five_sixths():
     assert len(assert_round_trip(x)) < 0.835 * x.nbytes
 
 
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [(np.float16, 5), (np.float32, 8), (np.float64, 11), (ml_dtypes.bfloat16, 8)],
+)
+def test_floats_take_the_entropy_of_their_exponents_and_their_other_bits(
+    dtype, exponent
+):
+    x = weights(200_000).astype(dtype)
+    width = 8 * x.itemsize
+    exponents = x.view(f"u{x.itemsize}") << 1 >> (width - exponent)
+    shares = np.unique(exponents, return_counts=True)[1] / x.size
+    other = width - exponent
+    bits = -shares @ np.log2(shares) + other
+    assert 8 * len(encode_array(x)) <= 1.001 * bits * x.size + 8 * 600
+
+
+def test_random_bits_expand_by_a_thousandth_and_64_bytes_at_most():
+    bits = np.random.default_rng(6).integers(0, 2**32, 300_000, np.uint32)
+    x = bits.view(np.float32)
+    assert len(encode_array(x)) <= 1.001 * x.nbytes + 64
+
+
 def test_zeros_cost_their_mask_entropy_and_the_rest_no_more_than_alone():
     x = weights(200_000)
     zero = np.random.default_rng(3).random(x.size) < 0.9
