@@ -15,7 +15,7 @@ import numpy as np
 from jaxcomp import bits as packing
 from jaxcomp.entropy import decode_varint
 from jaxcomp.storage.file import byte_size
-from jaxcomp.storage.planes import aligned, decode_array, decode_codes
+from jaxcomp.storage.planes import Lanes, aligned, decode_array, decode_codes
 
 
 POOL = "__pool__"  # the tensor that short coded leaves share
@@ -29,6 +29,7 @@ class Fields:
       arrays: the dtype and shape of each by name.
       tensors: the tensor that holds each; coded fields are all in one.
       bits: width of the codes of those that are coded and hold packed codes.
+      lanes: where the codes may have padding.
       offset: where coded fields begin in their tensor; None if they are not coded.
     """
 
@@ -36,6 +37,7 @@ class Fields:
     tensors: dict[str, str]
     bits: dict[str, int] = dataclasses.field(default_factory=dict)
     offset: int | None = None
+    lanes: Lanes | None = None
 
     def nbytes(self) -> int:
         return sum(byte_size(*array) for array in self.arrays.values())
@@ -65,12 +67,14 @@ class Fields:
         parts, end = self._split(data)
         if blob != POOL and end != len(data):
             raise ValueError(f"{len(data) - end} bytes are left over")
-        return {
-            name: decode_codes(parts[name], self.bits[name], shape, ranks)
-            if name in self.bits
-            else decode_array(parts[name], dtype, shape, ranks)
-            for name, (dtype, shape) in self.arrays.items()
-        }
+
+        def decode(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+            if name not in self.bits:
+                return decode_array(parts[name], dtype, shape, ranks)
+            lanes = self.lanes if name == "codes" else None
+            return decode_codes(parts[name], self.bits[name], shape, ranks, lanes)
+
+        return {name: decode(name, *array) for name, array in self.arrays.items()}
 
 
 def plan_fields(
@@ -79,6 +83,7 @@ def plan_fields(
     coded: list,
     bits: dict[str, int],
     views: Mapping[str, np.ndarray],
+    lanes: Lanes | None = None,
 ) -> Fields:
     """The fields of a leaf, from what the structure says of them.
 
@@ -89,6 +94,7 @@ def plan_fields(
         of the coded fields, and an offset if they are in the pool.
       bits: width of the codes of fields that hold packed codes.
       views: the tensors of the file.
+      lanes: where codes may have padding.
 
     Raises:
       ValueError: it makes no sense, or a tensor is missing.
@@ -115,7 +121,7 @@ def plan_fields(
         dtype, shape = arrays[field]
         if dtype != np.uint8 or not shape or not 1 <= width <= packing.WIDEST:
             raise ValueError(f"{field!r} cannot be {specs[field]} of {width} bits")
-    return Fields(arrays, {"": blob}, held, offset)
+    return Fields(arrays, {"": blob}, held, offset, lanes)
 
 
 def is_number(dtype: Any) -> bool:

@@ -5,6 +5,7 @@ the structure and the arrays, its fields, in tensors.
 """
 
 import dataclasses
+import math
 import operator
 import reprlib
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from jaxcomp.quant import QTensor
 from jaxcomp.share import SharedTensor
 from jaxcomp.storage.draft import VERSION
 from jaxcomp.storage.fields import Fields, is_number, plan_fields
-from jaxcomp.storage.planes import encode_array
+from jaxcomp.storage.planes import Lanes, encode_array, without_padding
 
 
 # Every kind of node: its class, and those of its fields that hold packed codes.
@@ -105,18 +106,31 @@ def encode_fields(leaf: Any, arrays: dict[str, np.ndarray], block: Callable) -> 
     parts = []
     for name, array in arrays.items():
         if name in codes:
-            part = encode_symbols(symbols(leaf, name), block)
+            live, lanes = symbols(leaf, name), _lanes(vars(leaf))
+            if lanes and name == "codes" and array.ndim == 1:
+                live = without_padding(live, leaf.bits, lanes)
+            part = encode_symbols(live, block)
         else:
             part = encode_array(array, block)
         parts += [encode_varint(len(part)), part]
     return b"".join(parts)
 
 
+def _lanes(static: dict[str, Any]) -> Lanes | None:
+    """How the codes of a `QTensor` of such static values lie; None for other nodes."""
+    if "group" not in static:
+        return None
+    shape, axis, group = static["shape"], static["axis"], static["group"]
+    count = math.prod(shape[a] for a in axis)
+    live = math.prod(shape) // max(count, 1)
+    return Lanes(count, -(-live // max(group, 1)) * group, live)
+
+
 def plan_leaf(
     path: str, spec: Any, views: Mapping[str, np.ndarray]
 ) -> tuple[Fields, Callable[[dict[str, Any]], Any]]:
     """The fields of the leaf that a spec describes, and what makes the leaf of them."""
-    bits, live = dict[str, int](), [""]
+    bits, live, lanes = dict[str, int](), [""], None
     make: Callable[[dict[str, Any]], Any] = operator.itemgetter("")
     match ["array"] if spec == 0 else spec:
         case ["value", bool() | int() | float() | str() as value]:
@@ -133,6 +147,7 @@ def plan_leaf(
             static = _static(cls, values)
             live = [f.name for f in dataclasses.fields(cls) if f.name not in static]
             bits = {name: static["bits"] for name in KINDS[kind][1]}
+            lanes = _lanes(static)
 
             def make(arrays: dict[str, Any]) -> Any:
                 return cls(**dict.fromkeys(live) | static | arrays)
@@ -140,7 +155,7 @@ def plan_leaf(
         case _:
             raise ValueError(f"{reprlib.repr(spec)} is none of version {VERSION}")
     names = {name: field_name(path, name) for name in live}
-    fields = plan_fields(path, names, coded, bits, views)
+    fields = plan_fields(path, names, coded, bits, views, lanes)
     if live == [""] and not fields.arrays:
         raise ValueError("it has no array")
     return fields, make

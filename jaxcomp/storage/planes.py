@@ -9,6 +9,7 @@ raw, at no cost. Nothing is rounded: NaN payloads and signed zeros come back.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,34 @@ from jaxcomp.entropy import (
 
 _PLANES, _MASKED, _RAW = 0, 1, 2  # the first byte: what follows it
 _STEP = 1 << 18  # elements at a time: what decoding takes besides the array is small
+
+
+class Lanes(NamedTuple):
+    """How codes lie in lanes of equal length, each with padding at its end."""
+
+    channels: int
+    length: int
+    live: int  # codes of a lane before its padding
+
+    def is_left_out(self, size: int, total: int) -> bool:
+        """Whether so many of all codes are those without the padding."""
+        fits = self.live < self.length <= _STEP and self.channels * self.length <= total
+        return fits and size == self.channels * self.live != total
+
+
+def without_padding(codes: np.ndarray, bits: int, lanes: Lanes) -> np.ndarray:
+    """The codes of all lanes but their padding, if that is what is put back on reading.
+
+    >>> without_padding(np.array([3, 1, 5, 3, 0], np.uint8), 3, Lanes(2, 2, 1))
+    array([3, 5], dtype=uint8)
+    """
+    end, fill = lanes.channels * lanes.length, 2 ** (bits - 1) - 1
+    if not lanes.is_left_out(lanes.channels * lanes.live, codes.size):
+        return codes
+    inside = codes[:end].reshape(lanes.channels, lanes.length)
+    if np.any(inside[:, lanes.live :] != fill) or codes[end:].any():
+        return codes
+    return inside[:, : lanes.live].reshape(-1)
 
 
 def encode_array(
@@ -148,16 +177,19 @@ def decode_codes(
     bits: int,
     shape: tuple[int, ...],
     ranks: Callable[[bytes, np.ndarray, int], Iterator[np.ndarray]] = decode_ranks,
+    lanes: Lanes | None = None,
 ) -> np.ndarray:
     """The packed codes whose symbols `encode_symbols` coded; see `jaxcomp.bits`.
 
     Besides the array it takes less than 64 MiB, whatever ``data`` says.
 
     Args:
-      data: one whole stream of the symbols of all rows, pad codes too.
+      data: one whole stream of the symbols of all rows, pad codes too, or what
+        `without_padding` left of them.
       bits: width of a code, 1 to 16 bits.
       shape: the shape of the packed codes: (..., bytes).
       ranks: does what `entropy.decode_ranks` does, maybe elsewhere.
+      lanes: where the codes may have padding.
 
     Returns:
       uint8[*shape], aligned as `aligned` says.
@@ -174,7 +206,11 @@ def decode_codes(
     packed = aligned(math.prod(shape)).reshape(rows, shape[-1])
     packed[:] = 0
     tall, wide = max(1, _STEP // max(1, count)), min(_STEP, count)
-    pieces = decode_pieces(data, rows * count, ranks)
+    total = rows * count
+    if lanes and rows == 1 and lanes.is_left_out(decode_varint(data, 0)[0], total):
+        pieces = _padded(decode_pieces(data, None, ranks), lanes, bits, total)
+    else:
+        pieces = decode_pieces(data, total, ranks)
     take = _taker(pieces)
     for row in range(0, rows if count else 0, tall):
         for start in range(0, count, wide):
@@ -283,6 +319,21 @@ def _decode_masked(
         start += piece.size
     if any(next(plane, None) is not None for plane in planes):
         raise ValueError("a plane holds more symbols than the mask keeps")
+
+
+def _padded(
+    pieces: Iterator[np.ndarray], lanes: Lanes, bits: int, total: int
+) -> Iterator[np.ndarray]:
+    """Codes with the padding that `without_padding` left out."""
+    take, fill = _taker(pieces), np.uint16(2 ** (bits - 1) - 1)
+    step = max(1, _STEP // lanes.length)
+    for start in range(0, lanes.channels, step):
+        rows = min(step, lanes.channels - start)
+        codes = np.full((rows, lanes.length), fill)
+        codes[:, : lanes.live] = take(rows * lanes.live).reshape(rows, lanes.live)
+        yield codes.reshape(-1)
+    next(pieces, None)
+    yield np.zeros(total - lanes.channels * lanes.length, np.uint16)
 
 
 def _as_bytes(symbols: np.ndarray, plane: int) -> np.ndarray:

@@ -2,13 +2,16 @@
 
 import math
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxcomp as jc
 from jaxcomp.entropy import decode_symbols, encode_symbols, encode_varint
+from jaxcomp.storage import container, leaves, planes
 from jaxcomp.storage.planes import decode_array, encode_array
 
 
@@ -299,3 +302,55 @@ def test_garbage_is_an_array_or_a_value_error(garbage, kept):
 def test_python_objects_are_refused():
     with pytest.raises(TypeError, match=r"encode_array needs plain numbers, got obj"):
         encode_array(np.array([None, 1]))
+
+
+# Padding, which says nothing.
+
+
+def test_padding_is_left_out_and_put_back():
+    w = np.random.default_rng(0).normal(size=(300, 33)).astype(np.float32)
+    node = jc.quantize(w, 4, axis=0, group=32)
+    codes = leaves.symbols(node, "codes")
+    lanes = planes.Lanes(300, 64, 33)
+    live = planes.without_padding(codes, 4, lanes)
+    np.testing.assert_array_equal(live.reshape(300, 33), codes.reshape(300, 64)[:, :33])
+    packed = np.asarray(node.codes)
+    for stream in (encode_symbols(live), encode_symbols(codes)):
+        back = planes.decode_codes(stream, 4, packed.shape, lanes=lanes)
+        np.testing.assert_array_equal(back, packed)
+
+
+@pytest.mark.parametrize("place", [40, -1])
+def test_padding_that_is_something_else_stays(place):
+    codes = np.full(3 * 64, 7, np.uint8)
+    codes[place] = 3
+    lanes = planes.Lanes(3, 64, 33)
+    assert planes.without_padding(codes, 4, lanes) is codes
+    assert planes.without_padding(codes[:100], 4, lanes).size == 100  # no such lanes
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(1, 20),
+    st.integers(1, 9),
+    st.integers(2, 12),
+    st.booleans(),
+)
+@settings(max_examples=30)
+def test_nodes_of_any_lanes_come_back(
+    tmp_path_factory, rows, live, group, bits, uneven
+):
+    w = np.random.default_rng(live).normal(size=(rows, live)).astype(np.float32)
+    if uneven:  # affine: every group has a zero of its own
+        node = jc.quantize_affine(w, min(bits, 8), axis=0, group=group)
+    elif bits > 8:
+        node = jc.quantize_step(w, 1e-3)
+    else:
+        node = jc.quantize(w, bits, axis=0, group=group)
+    path = tmp_path_factory.mktemp("lanes") / "w.jxc"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(container, "ENTRY", 10**6)  # always coded
+        jc.save(path, {"w": node})
+    back = jc.load(path)["w"]
+    for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(node), strict=True):
+        np.testing.assert_array_equal(x, y)
