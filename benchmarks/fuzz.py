@@ -74,9 +74,12 @@ def make_files(folder: Path) -> list[tuple[Any, bytes]]:
         "scalars": [None, True, 3, 0.1, "name", (), {}, np.int8(-3), float("nan")],
         "odd": [w.astype(jnp.float8_e4m3fn), w.astype(jnp.int4), w > 0, w + 1j],
         "keys": [keys, keys[0]],
+        "ragged": jc.quantize(x, 4, axis=0, group=5),
         "ints": [np.arange(300), (100 * w).astype(np.int16), np.zeros((0, 3), np.int8)],
     }
     long = {"long": np.resize(w, 6000), "noise": np.frombuffer(w.tobytes(), np.uint8)}
+    long["change"] = np.repeat(np.uint8([1, 2, 1]), 1 << 15)  # two blocks and a third
+    long["change"][::2] = 0
     return [saved(folder, t, entry) for t in (tree, long) for entry in (60, -(10**6))]
 
 
@@ -159,14 +162,14 @@ def reseal(rng: random.Random, data: bytearray) -> bytes:
 
 def seal(structure: str, header: dict[str, Any], bodies: dict[str, bytes]) -> bytes:
     """A file of a structure, the header's entries and bytes, with right checksums."""
-    rows = [structure.encode(errors="replace")]
+    rows = [structure.encode(errors="replace"), b""]  # no notes
     for name in sorted(header):
         entry = header[name] if isinstance(header[name], dict) else {}
         dtype = NATIVE.get(str(entry.get("dtype")), "?")
         label = f"{name} {dtype} {entry.get('shape')} ".encode(errors="replace")
         rows.append(label + bodies.get(name, b""))
     sums = "".join(f"{zlib.crc32(row):08x}" for row in rows)
-    text = {"__metadata__": {"jaxcomp": f"1 {sums} {structure}"}}
+    text = {"__metadata__": {"jaxcomp": f"2 {sums} {structure}"}}
     head = json.dumps(text | header).encode(errors="replace")
     body = b"".join(bodies.values())
     return len(head).to_bytes(8, "little") + head + body

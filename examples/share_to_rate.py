@@ -67,7 +67,7 @@ ways = {
         f"{rate} bits a weight": partial(
             jc.share_to_rate, rate=rate, where=lambda path, leaf: True
         )
-        for rate in (2.0, 1.5, 1.0)
+        for rate in (2.0, 1.0)
     },
 }
 raw = sum(leaf.nbytes for leaf in jax.tree.leaves(dense))

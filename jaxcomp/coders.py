@@ -25,7 +25,7 @@ from jaxcomp.entropy import decode_ranks, encode_block
 T = TypeVar("T")
 _WORTH = 1 << 25  # bytes; what is less is done before a process has started
 _SHORT = 1 << 14  # symbols; as many take no longer than the way through the pipes
-_AHEAD = 1 << 28  # bytes of items that are worked on at once
+_AHEAD = 1 << 29  # bytes of items that are worked on at once
 
 _REQUEST = struct.Struct("<BQQQ")  # what to do, two numbers for it, bytes that follow
 _ENCODE, _DECODE = 0, 1
@@ -57,7 +57,7 @@ def ahead(
     Args:
       fn: is called once for each item, in any thread.
       items: taken when there is room for them.
-      sizes: bytes that each takes. At most 256 MiB are worked on at once, or one item.
+      sizes: bytes that each takes. At most 512 MiB are worked on at once, or one item.
       threads: how many; with 0 nothing is done ahead.
 
     >>> list(ahead(abs, [-1, 2, -3], [1, 1, 1], threads=2))

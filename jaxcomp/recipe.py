@@ -29,7 +29,9 @@ from jaxcomp.prune import nm_mask, top_mask
 from jaxcomp.quant import quantize, quantize_binary
 from jaxcomp.share import palettize, palettize_to_rate
 from jaxcomp.storage.container import ENTRY
-from jaxcomp.storage.fields import is_number
+from jaxcomp.storage.fields import copied, is_number
+from jaxcomp.storage.file import forget
+from jaxcomp.storage.leaves import adopt
 from jaxcomp.storage.predict import SAMPLE, coded_bytes, sample
 from jaxcomp.tree import NOT_MATRICES, is_matrix, last_key, list_paths, map_where
 
@@ -299,8 +301,12 @@ def _made(caller: str, path: str, make: Callable[[Any], Any], leaf: Any) -> Any:
     """``make(leaf)``, once its values are finite; an error names the leaf."""
     if make is _same:
         return leaf
+    array = leaf
+    if isinstance(leaf, np.ndarray):
+        array = adopt(copied(np.ascontiguousarray(leaf)))  # JAX would copy it twice
+        forget(leaf)
     try:
-        return map_where(make, {path: leaf}, lambda *_: True, caller=caller)[path]
+        return map_where(make, {path: array}, lambda *_: True, caller=caller)[path]
     except ValueError as error:  # what `where` leaves out elsewhere, a recipe keeps
         raise ValueError(str(error).replace("`where`", "'keep'")) from error
 
@@ -344,6 +350,7 @@ def _planned(path: str, leaf: Any, words: Mapping[str, Any], why: str) -> Planne
         nbytes = coded_bytes(leaf, 1)
     elif _check.is_concrete(leaf):
         nbytes = _predicted(path, np.asarray(leaf), words, axis, along)
+        forget(leaf)  # of a mapped checkpoint, a sample touches most pages
     elif "bits" in words:
         nbytes = jax.eval_shape(make, leaf).nbits() / 8
     else:

@@ -61,7 +61,7 @@ class Fields:
     ) -> dict[str, np.ndarray]:
         """The arrays, which share no memory with the file."""
         if self.offset is None:
-            return {n: _copy(tensors[self.tensors[n]]) for n in self.arrays}
+            return {n: copied(tensors[self.tensors[n]]) for n in self.arrays}
         blob = self.tensors[""]
         data = memoryview(tensors[blob].data)
         parts, end = self._split(data)
@@ -131,7 +131,8 @@ def is_number(dtype: Any) -> bool:
     return known and dtype.itemsize <= (16 if is_complex else 8)
 
 
-def _copy(array: np.ndarray) -> np.ndarray:
+def copied(array: np.ndarray) -> np.ndarray:
+    """A copy that JAX can take over, of an array that may be mapped."""
     raw = aligned(array.nbytes)
     raw[:] = array.reshape(-1).view(np.uint8)
     return raw.view(array.dtype).reshape(array.shape)

@@ -94,10 +94,10 @@ def symbols(node: Any, field: str) -> np.ndarray:
 
 
 def code_counts(node: Any) -> dict[str, np.ndarray]:
-    """How often each code occurs, by the fields that hold packed codes."""
+    """How often each code is stored, by the fields that hold packed codes."""
     fields = KINDS[type(node).__name__][1]
     held = [name for name in fields if getattr(node, name) is not None]
-    return {name: np.bincount(symbols(node, name)) for name in held}
+    return {name: np.bincount(_stored_codes(node, name)) for name in held}
 
 
 def encode_fields(leaf: Any, arrays: dict[str, np.ndarray], block: Callable) -> bytes:
@@ -106,14 +106,19 @@ def encode_fields(leaf: Any, arrays: dict[str, np.ndarray], block: Callable) -> 
     parts = []
     for name, array in arrays.items():
         if name in codes:
-            live, lanes = symbols(leaf, name), _lanes(vars(leaf))
-            if lanes and name == "codes" and array.ndim == 1:
-                live = without_padding(live, leaf.bits, lanes)
-            part = encode_symbols(live, block)
+            part = encode_symbols(_stored_codes(leaf, name), block)
         else:
             part = encode_array(array, block)
         parts += [encode_varint(len(part)), part]
     return b"".join(parts)
+
+
+def _stored_codes(node: Any, name: str) -> np.ndarray:
+    """The codes of a field as they are coded: padding that says nothing is left out."""
+    codes, lanes = symbols(node, name), _lanes(vars(node))
+    if lanes and name == "codes" and node.codes.ndim == 1:
+        return without_padding(codes, node.bits, lanes)
+    return codes
 
 
 def _lanes(static: dict[str, Any]) -> Lanes | None:
