@@ -31,6 +31,7 @@ _REQUEST = struct.Struct("<BQQQ")  # what to do, two numbers for it, bytes that 
 _ENCODE, _DECODE = 0, 1
 _ANSWER = struct.Struct("<BQ")  # how it went, bytes that follow
 _FINE, _WRONG = 0, 1
+_READY = b"jaxcomp codes"
 
 # Of the package the child sees this file and `entropy`, not JAX.
 _PROGRAM = (
@@ -154,6 +155,8 @@ class Coders:
 def serve() -> None:
     """Answers one request after the other, until there are no more."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
+    sink.write(_READY)
+    sink.flush()
     while head := source.read(_REQUEST.size):
         kind, first, second, length = _REQUEST.unpack(head)
         data = source.read(length)
@@ -185,15 +188,22 @@ def _narrow(alphabet: int) -> np.dtype:
 
 
 def _start() -> subprocess.Popen:
-    command = [sys.executable, "-c", _PROGRAM, str(Path(__file__).parent)]
-    paths = os.pathsep.join(filter(None, sys.path))
-    return subprocess.Popen(
-        command,
+    """A child that is ready; an `OSError` where there is none to be had."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise OSError("this is no Python that could be started again")
+    child = subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, str(Path(__file__).parent)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": paths},
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         start_new_session=True,  # an interrupt from the keyboard is not for it
     )
+    assert child.stdout
+    if child.stdout.read(len(_READY)) != _READY:
+        _end(child, kill=True)
+        raise OSError("a process that codes symbols cannot start")
+    return child
 
 
 def _end(child: subprocess.Popen | None, kill: bool = False) -> None:

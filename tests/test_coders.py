@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -9,7 +10,12 @@ import pytest
 
 from jaxcomp import coders
 from jaxcomp.coders import Coders, ahead
-from jaxcomp.entropy import decode_pieces, decode_symbols, encode_symbols
+from jaxcomp.entropy import (
+    decode_pieces,
+    decode_symbols,
+    encode_block,
+    encode_symbols,
+)
 
 
 RNG = np.random.default_rng(0)
@@ -95,6 +101,22 @@ def test_without_processes_it_is_done_here(monkeypatch):
 
     monkeypatch.setattr(coders, "_start", fail)
     with Coders(2) as workers:
+        assert workers.encode_block(STREAMS["few"], True)
+
+
+@pytest.mark.parametrize("program", ["1 / 0", "pass", "print('x' * 99)"])
+def test_a_python_that_does_not_start_as_ours_is_done_without(monkeypatch, program):
+    monkeypatch.setattr(coders, "_PROGRAM", program)
+    with Coders(1) as workers:
+        found = workers.encode_block(STREAMS["few"], True)
+    assert found == encode_block(STREAMS["few"], True)
+
+
+@pytest.mark.parametrize("name", ["executable", "frozen"])
+def test_a_program_that_is_not_python_is_not_started_again(monkeypatch, name):
+    monkeypatch.setattr(sys, name, name == "frozen" or "", raising=False)
+    monkeypatch.setattr(coders.subprocess, "Popen", None)  # to call it is an error
+    with Coders(1) as workers:
         assert workers.encode_block(STREAMS["few"], True)
 
 
