@@ -19,7 +19,7 @@ from rich.text import Text
 
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
-WIDTH = 112
+WIDTH = 140
 SHOWN = 16, 9  # lines of a long table, at its beginning and its end
 SMALL = ["-o", "small.jxc", "--bits", "4", "--group", "64", "--axis", "0"]
 PICTURES = {
