@@ -1,7 +1,8 @@
 """A compressed file back into what other programs read, leaf by leaf."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxcomp import _check
 from jaxcomp.node import TiedTensor, is_compressed
 from jaxcomp.storage.checkpoints import write_checkpoint
 from jaxcomp.storage.container import Leaves, open_file, save
-from jaxcomp.storage.file import damaged
+from jaxcomp.storage.file import FileFault, damaged
 from jaxcomp.storage.structure import decode_tree
 
 
@@ -59,8 +60,9 @@ def restore_checkpoint(
     with leaves.reader() as read:
 
         def lazy(name: str, _: Any) -> Any:
-            value = leaves.like(name)
-            return _Dense(leaves, name, read, seen) if _is_array(value) else value
+            with _faults_of(leaves, name):
+                value = leaves.like(name)
+                return _Dense(leaves, name, read, seen) if _is_array(value) else value
 
         tree = decode_tree(leaves.structure, lazy)
         if out.suffix == ".jxc":
@@ -79,15 +81,29 @@ class _Dense:
         if is_compressed(like):
             like = jax.eval_shape(lambda node: node.dense(), like)
         self.shape, self.dtype = like.shape, like.dtype
-        self._read = lambda: (read(name), seen(name, self.nbytes))[0]
+        self._leaves, self._name, self._read, self._seen = leaves, name, read, seen
 
     @property
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        leaf = self._read()
-        return np.asarray(leaf.dense() if is_compressed(leaf) else leaf)
+        with _faults_of(self._leaves, self._name):
+            leaf = self._read(self._name)
+            array = np.asarray(leaf.dense() if is_compressed(leaf) else leaf)
+        self._seen(self._name, self.nbytes)
+        return array
+
+
+@contextlib.contextmanager
+def _faults_of(leaves: Leaves, name: str) -> Iterator[None]:
+    """What goes wrong with a leaf, whose fields may not fit each other, is a fault."""
+    try:
+        yield
+    except (FileFault, MemoryError):
+        raise
+    except Exception as error:
+        raise damaged(leaves.tensors.path, f"leaf {name!r}: {error}") from error
 
 
 def _source(leaves: Leaves, name: str) -> str:

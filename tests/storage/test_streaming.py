@@ -191,3 +191,12 @@ def test_a_mapped_leaf_that_was_forgotten_is_read_again(tmp_path):
     np.testing.assert_array_equal(tree["b"], w[:7])
     files.forget(w)  # not mapped: nothing happens
     assert w.any()
+
+
+def test_a_node_whose_fields_do_not_fit_each_other_is_an_error_of_its_leaf(tmp_path):
+    node = jc.quantize(jnp.ones((4, 6)), 4)
+    odd = jc.QTensor(node.codes, node.scale, None, 4, (7, 5), (1,), 4)
+    jc.save(tmp_path / "in.jxc", {"a": jnp.ones(3), "b": odd})
+    with pytest.raises(jc.FileFault, match=r"in.jxc damaged: leaf 'b': "):
+        jc.restore_checkpoint(tmp_path / "in.jxc", tmp_path / "w.npz")
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jxc"]
