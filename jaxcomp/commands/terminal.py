@@ -65,6 +65,9 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
       A function to be told the bytes that are done.
     """
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda size: None
+        return
     with Progress(
         TextColumn(escape(what)),
         BarColumn(),
@@ -73,7 +76,6 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task("", total=total)
         yield lambda size: bar.advance(task, size)
