@@ -23,6 +23,7 @@ from jaxcomp.entropy import decode_ranks, encode_block
 
 
 T = TypeVar("T")
+_MOST = 8  # threads; each takes some memory of its own
 _WORTH = 1 << 25  # bytes; what is less is done before a process has started
 _SHORT = 1 << 14  # symbols; as many take no longer than the way through the pipes
 _AHEAD = 1 << 29  # bytes of items that are worked on at once
@@ -42,12 +43,12 @@ _PROGRAM = (
 
 
 def threads_for(nbytes: int) -> int:
-    """How many threads, and processes, that much is worth: all cores, or none."""
+    """How many threads, and processes, that much is worth: up to 8 cores, or none."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return cores if cores > 1 and nbytes >= _WORTH else 0
+    return min(cores, _MOST) if cores > 1 and nbytes >= _WORTH else 0
 
 
 def ahead(

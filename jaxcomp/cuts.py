@@ -1,37 +1,10 @@
-"""How much there is in a stream of symbols, and where it changes."""
+"""Where a stream of symbols changes, so that a new table pays."""
 
 import numpy as np
 
 
 _FRACTION = 16  # bits of a logarithm behind the point
 _LOG2 = np.rint(np.log2(1 + (np.arange(4096) + 0.5) / 4096) * 2**_FRACTION).astype(int)
-
-
-def order0_entropy(counts: np.ndarray) -> float:
-    """The Shannon entropy of a histogram, in bits per symbol.
-
-    Args:
-      counts: int[symbols]; how often each symbol occurs, none negative.
-
-    Returns:
-      Bits per symbol; 0.0 when no symbol or only one occurs.
-
-    Raises:
-      ValueError: a count is negative.
-
-    >>> order0_entropy(np.array([2, 1, 1, 0]))
-    1.5
-    """
-    seen = np.asarray(counts, np.float64)
-    if np.any(seen < 0):
-        raise ValueError(
-            f"order0_entropy needs counts >= 0, got {seen.min():g}. Pass a histogram, "
-            "such as that of np.bincount."
-        )
-    seen = seen[seen > 0]
-    if seen.size < 2:
-        return 0.0
-    return float(seen @ np.log2(seen.sum() / seen) / seen.sum())
 
 
 def cuts(counts: np.ndarray) -> list[tuple[int, int, np.ndarray]]:

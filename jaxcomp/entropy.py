@@ -16,7 +16,6 @@ import constriction
 import numpy as np
 
 from jaxcomp.cuts import cuts
-from jaxcomp.cuts import order0_entropy as order0_entropy
 from jaxcomp.tables import damaged, decode_table, encode_table, pack, unpack
 
 
@@ -27,6 +26,33 @@ _PIECE = 1 << 18  # symbols, a multiple of 8; bounds the memory that decoding ta
 _CODED = 17  # block kinds 0 to 16 are packed, with that many bits a symbol
 _KINDS = 18  # a block's first byte is its kind, and so many for each halving of 2**22
 _MASS = 1 << 24  # the frequencies of a block add up to this; fixed by constriction
+
+
+def order0_entropy(counts: np.ndarray) -> float:
+    """The Shannon entropy of a histogram, in bits per symbol.
+
+    Args:
+      counts: int[symbols]; how often each symbol occurs, none negative.
+
+    Returns:
+      Bits per symbol; 0.0 when no symbol or only one occurs.
+
+    Raises:
+      ValueError: a count is negative.
+
+    >>> order0_entropy(np.array([2, 1, 1, 0]))
+    1.5
+    """
+    seen = np.asarray(counts, np.float64)
+    if np.any(seen < 0):
+        raise ValueError(
+            f"order0_entropy needs counts >= 0, got {seen.min():g}. Pass a histogram, "
+            "such as that of np.bincount."
+        )
+    seen = seen[seen > 0]
+    if seen.size < 2:
+        return 0.0
+    return float(seen @ np.log2(seen.sum() / seen) / seen.sum())
 
 
 def encode_symbols(

@@ -31,7 +31,7 @@ from jaxcomp.share import palettize, palettize_to_rate
 from jaxcomp.storage.container import ENTRY
 from jaxcomp.storage.fields import copied, is_number
 from jaxcomp.storage.file import forget
-from jaxcomp.storage.leaves import adopt
+from jaxcomp.storage.leaves import adopt, plain
 from jaxcomp.storage.predict import SAMPLE, coded_bytes, sample
 from jaxcomp.tree import NOT_MATRICES, is_matrix, last_key, list_paths, map_where
 
@@ -303,7 +303,7 @@ def _made(caller: str, path: str, make: Callable[[Any], Any], leaf: Any) -> Any:
         return leaf
     array = leaf
     if isinstance(leaf, np.ndarray):
-        array = adopt(copied(np.ascontiguousarray(leaf)))  # JAX would copy it twice
+        array = adopt(copied(plain(leaf)))  # JAX would copy it twice
         forget(leaf)
     try:
         return map_where(make, {path: array}, lambda *_: True, caller=caller)[path]

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -130,6 +131,7 @@ def test_ahead_keeps_the_order_and_bounds_what_is_in_work(monkeypatch, threads):
         with lock:
             inside += 1
             most = max(most, inside)
+        time.sleep(0.005)  # so that they meet, if they may
         with lock:
             inside -= 1
         return item * 2

@@ -381,3 +381,10 @@ def test_a_table_shows_paths_with_brackets_and_why():
     assert any("left: 1-D" in line and "float32[4]" in line for line in lines)
     assert any(line.split()[:2] == ["total", "80"] for line in lines)
     assert "total" in str(plan_tree({}, {"bits": 4}))
+
+
+def test_arrays_of_the_other_byte_order_are_the_same_numbers():
+    w = drawn(0, (16, 8))
+    plan = plan_tree({"w": w.astype(">f4")}, {"bits": 4})
+    small = apply_plan({"w": w.astype(">f4")}, plan)
+    np.testing.assert_array_equal(small["w"].dense(), jc.quantize(w, 4).dense())

@@ -36,9 +36,9 @@ def restore(
         leaves = open_leaves(file)
         if is_own(file):
             with progress("restore", leaves.nbytes) as tell:
-                held = leaves.sizes
-                seen = lambda path, _: tell(held[path])  # noqa: E731
-                after = restore_checkpoint(file, out, seen=seen)
+                after = restore_checkpoint(
+                    file, out, seen=lambda path, _: tell(leaves.sizes[path])
+                )
         else:
             after = write_checkpoint(out, densify(read_checkpoint(file)))
     seconds = time.perf_counter() - start

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -385,7 +385,12 @@ def _check_new(name: str, taken: Mapping[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("jaxcomp", "jax", "numpy", "constriction")}
+    """Of those packages that are installed; a copy of jaxcomp may just lie there."""
+    found = {}
+    for name in ("jaxcomp", "jax", "numpy", "constriction"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _nbytes(leaf: Any) -> int:

@@ -229,12 +229,15 @@ def read_file(path: Path) -> tuple[str, dict[str, np.ndarray]]:
 def forget(x: Any) -> None:
     """Gives back the memory of a view of a mapped file; used again, it is read again.
 
-    The system would do so by itself when it needs the memory, but not before.
+    The system would do so by itself when it needs the memory, but not before. What is
+    mapped for writing is left alone: a private copy would lose what was written.
     """
     base = x
     while isinstance(base, np.ndarray):
         base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(base, "madvise") and x.size:
+    if not isinstance(base, mmap.mmap) or not hasattr(base, "madvise"):
+        return
+    if memoryview(base).readonly and x.flags.c_contiguous and x.size:
         start = x.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
         before = start % mmap.PAGESIZE
         base.madvise(mmap.MADV_DONTNEED, start - before, before + x.nbytes)

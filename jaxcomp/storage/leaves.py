@@ -44,6 +44,18 @@ def field_name(path: str, key: str) -> str:
     return f"{path}/{key}" if key else path
 
 
+def node_parts(node: Any) -> tuple[list, dict[str, Any]]:
+    """The static values of a node, in order, and its arrays by field."""
+    static, arrays = [], {}
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if field.metadata.get("static"):
+            static.append(value)
+        elif value is not None:
+            arrays[field.name] = value
+    return static, arrays
+
+
 def leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
     """What the structure says of a leaf, and its arrays by field."""
     if is_compressed(leaf):
@@ -52,17 +64,11 @@ def leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
             raise TypeError(
                 f"save does not know the node {kind} of leaf {path!r}. Densify it."
             )
-        static, arrays = [], {}
-        for field in dataclasses.fields(leaf):
-            value = getattr(leaf, field.name)
-            if field.metadata.get("static"):
-                static.append(value)
-            elif value is not None:
-                arrays[field.name] = _plain(value)
-        return [kind, static], arrays
+        static, arrays = node_parts(leaf)
+        return [kind, static], {name: plain(x) for name, x in arrays.items()}
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         kind = str(jax.random.key_impl(leaf))
-        return ["key", kind], {"": _plain(jax.random.key_data(leaf))}
+        return ["key", kind], {"": plain(jax.random.key_data(leaf))}
     if isinstance(leaf, jax.core.Tracer):
         raise TypeError(f"save needs arrays, but leaf {path!r} is traced: leave jit.")
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
@@ -70,7 +76,7 @@ def leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
             raise TypeError(
                 f"save needs numbers, but leaf {path!r} is {_check.describe(leaf)}."
             )
-        return ["array"], {"": _plain(leaf)}
+        return ["array"], {"": plain(leaf)}
     if isinstance(leaf, bool | int | float | str):
         return ["value", leaf], {}
     raise TypeError(
@@ -80,7 +86,7 @@ def leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
     )
 
 
-def _plain(x: Any) -> np.ndarray:
+def plain(x: Any) -> np.ndarray:
     """In C order and the machine's byte order, which safetensors takes as they are."""
     array = np.asarray(x, order="C")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder())

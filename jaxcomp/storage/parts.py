@@ -16,7 +16,7 @@ import numpy as np
 from jaxcomp import _check
 from jaxcomp.node import flatten, is_compressed
 from jaxcomp.storage.fields import is_number
-from jaxcomp.storage.leaves import KINDS
+from jaxcomp.storage.leaves import KINDS, node_parts
 from jaxcomp.storage.structure import decode_tree, encode_tree
 
 
@@ -110,14 +110,7 @@ def to_jax(x: Any) -> Any:
 def _described(path: str, x: Any) -> tuple[str, list, dict[str, Any]]:
     """The kind of a leaf, its static values, and its arrays by field."""
     if is_compressed(x) and type(x).__name__ in KINDS:
-        static, arrays = [], {}
-        for field in dataclasses.fields(x):
-            value = getattr(x, field.name)
-            if field.metadata.get("static"):
-                static.append(value)
-            elif value is not None:
-                arrays[field.name] = value
-        return type(x).__name__, static, arrays
+        return type(x).__name__, *node_parts(x)
     if is_key(x):
         return "key", [str(jax.random.key_impl(x))], {"": jax.random.key_data(x)}
     held = _check.is_concrete(x) or isinstance(x, np.generic)

@@ -1,6 +1,7 @@
 """Checkpoints larger than the memory: in and out again leaf by leaf, on all cores."""
 
 import threading
+from importlib.metadata import PackageNotFoundError
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import safetensors.numpy
 
 import jaxcomp as jc
 from jaxcomp import coders
+from jaxcomp.storage import container
 from jaxcomp.storage import file as files
 
 
@@ -200,3 +202,31 @@ def test_a_node_whose_fields_do_not_fit_each_other_is_an_error_of_its_leaf(tmp_p
     with pytest.raises(jc.FileFault, match=r"in.jxc damaged: leaf 'b': "):
         jc.restore_checkpoint(tmp_path / "in.jxc", tmp_path / "w.npz")
     assert [file.name for file in tmp_path.iterdir()] == ["in.jxc"]
+
+
+@pytest.mark.parametrize("mode", ["c", "r+", "r"])
+def test_what_was_written_into_a_mapped_array_survives_a_save(tmp_path, mode):
+    values = np.arange(20_000, dtype=np.float32)
+    values.tofile(tmp_path / "raw")
+    mapped = np.memmap(tmp_path / "raw", np.float32, mode=mode)
+    if mode != "r":
+        mapped[:] = values = values + 1
+    jc.save(
+        tmp_path / "w.jxc", {"w": mapped, "part": mapped[5:9000], "every": mapped[::-3]}
+    )
+    np.testing.assert_array_equal(mapped, values)
+    back = jc.load(tmp_path / "w.jxc")
+    np.testing.assert_array_equal(back["w"], values)
+    np.testing.assert_array_equal(back["every"], values[::-3])
+
+
+def test_a_copy_of_jaxcomp_that_is_not_installed_saves_too(tmp_path, monkeypatch):
+    def version(name):
+        if name == "jaxcomp":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(container, "version", version)
+    jc.save(tmp_path / "w.jxc", {"w": jnp.ones(3)})
+    assert "jaxcomp" not in jc.read_notes(tmp_path / "w.jxc")
+    assert jc.load(tmp_path / "w.jxc")["w"].tolist() == [1, 1, 1]
