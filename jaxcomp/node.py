@@ -59,14 +59,45 @@ class CompressedArray(abc.ABC):
         return size
 
 
+class DependentArray(CompressedArray):
+    """A node that needs another leaf of its tree, and names it by its path.
+
+    Only what sees the whole tree, `densify` or `map_values`, can resolve it.
+
+    Attributes:
+      source: path of the leaf that it needs (static).
+    """
+
+    source: str
+
+    @abc.abstractmethod
+    def resolve(self, source: Any) -> Any:
+        """The array or node it stands for, of the leaf that ``source`` names."""
+
+    @abc.abstractmethod
+    def release(self, resolved: Any) -> "DependentArray":
+        """The inverse of `resolve`, for a node with new values and the same source."""
+
+    def dense(self) -> jax.Array:
+        raise ValueError(
+            f"{type(self).__name__}.dense needs the tree that holds {self.source!r}, "
+            "to which this leaf is tied. Call `densify` on the whole tree."
+        )
+
+    def encode(self, x: jax.Array) -> CompressedArray:
+        raise ValueError(
+            f"{type(self).__name__}.encode needs the tree that holds {self.source!r}. "
+            "Call `map_values` on the whole tree."
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class TiedTensor(CompressedArray):
+class TiedTensor(DependentArray):
     """The same array as another leaf of the tree, held there and not here.
 
     It has no arrays, so an optimizer sees one set of weights, the gradient of that set
-    is the sum over its uses, and tied leaves cannot drift apart. Only `densify`, which
-    sees the whole tree, can resolve it.
+    is the sum over its uses, and tied leaves cannot drift apart.
 
     Attributes:
       source: path of the leaf that holds the array (static).
@@ -82,18 +113,17 @@ class TiedTensor(CompressedArray):
     def dtype(self) -> Any:
         return jnp.dtype(self.name)
 
-    def dense(self) -> jax.Array:
-        raise ValueError(
-            f"TiedTensor.dense needs the tree that holds {self.source!r}, to which "
-            "this leaf is tied. Call `densify` on the whole tree."
-        )
+    def resolve(self, source: Any) -> Any:
+        return source
+
+    def release(self, resolved: Any) -> "TiedTensor":
+        return self  # the source takes the new values
+
+    def encode(self, x: jax.Array) -> CompressedArray:
+        return self
 
     def nbits(self) -> int:
         return 0
-
-    def encode(self, x: jax.Array) -> CompressedArray:
-        del x  # the source takes the new values
-        return self
 
     def describe(self) -> str:
         return f"tied to {self.source}"
@@ -136,24 +166,37 @@ def densify(tree: Any) -> Any:
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     paths, leaves, treedef = flatten(tree)
+    whole = resolved("densify", paths, leaves)
+    dense: dict[int, Any] = {}  # tied leaves are one object, made dense once
+    for leaf in whole:
+        if id(leaf) not in dense:
+            dense[id(leaf)] = leaf.dense() if is_compressed(leaf) else leaf
+    return jax.tree.unflatten(treedef, [dense[id(leaf)] for leaf in whole])
+
+
+def resolved(caller: str, paths: list[str], leaves: list[Any]) -> list[Any]:
+    """The leaves of a tree with an array or a node for each that needs another.
+
+    A tied leaf becomes the very object that it is tied to.
+
+    Raises:
+      ValueError: a leaf needs a path that the tree does not have, or itself around a
+        circle.
+    """
     index = {path: i for i, path in enumerate(paths)}
 
-    def source_of(i: int) -> int:
-        seen = [i]
-        while isinstance(node := leaves[seen[-1]], TiedTensor):
-            source = index.get(node.source)
-            if source is None or source in seen:
-                raise ValueError(
-                    f"densify needs the leaf that {paths[i]!r} is tied to, but "
-                    f"{node.source!r} is {'not' if source is None else 'a circle'}"
-                    " in this tree. Pass the whole tree that `tie_layers` returned."
-                )
-            seen.append(source)
-        return seen[-1]
+    def whole(i: int, seen: tuple[int, ...]) -> Any:
+        leaf = leaves[i]
+        if not isinstance(leaf, DependentArray):
+            return leaf
+        source = index.get(leaf.source)
+        seen = (*seen, i)
+        if source is None or source in seen:
+            raise ValueError(
+                f"{caller} needs the leaf that {paths[seen[0]]!r} is tied to, but "
+                f"{leaf.source!r} is {'not' if source is None else 'a circle'}"
+                " in this tree. Pass the whole tree that `tie_layers` returned."
+            )
+        return leaf.resolve(whole(source, seen))
 
-    sources = [source_of(i) for i in range(len(leaves))]
-    dense = [
-        leaf.dense() if is_compressed(leaf) and source == i else leaf
-        for i, (leaf, source) in enumerate(zip(leaves, sources, strict=True))
-    ]
-    return jax.tree.unflatten(treedef, [dense[source] for source in sources])
+    return [whole(i, ()) for i in range(len(leaves))]
