@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxcomp import _check
-from jaxcomp.node import TiedTensor, flatten, is_compressed
+from jaxcomp.node import DependentArray, flatten, is_compressed
 
 
 _PIECE = 1 << 20  # values that are compared at a time
@@ -117,16 +117,20 @@ def array_of(leaves: Mapping[str, Any], path: str) -> Any:
     >>> array_of({"w": jc.quantize(jnp.ones((1, 2)), bits=4)}, "w")
     array([[1., 1.]], dtype=float32)
     """
-    leaf, seen = leaves[path], [path]
-    while isinstance(leaf, TiedTensor):
+
+    def whole(name: str, seen: tuple[str, ...]) -> Any:
+        leaf, seen = leaves[name], (*seen, name)
+        if not isinstance(leaf, DependentArray):
+            return leaf
         if leaf.source in seen or leaf.source not in leaves:
             raise ValueError(
                 f"array_of needs the leaf that {path!r} is tied to, but "
                 f"{leaf.source!r} is {'a circle' if leaf.source in seen else 'missing'}"
                 ". Pass the whole tree."
             )
-        seen.append(leaf.source)
-        leaf = leaves[leaf.source]
+        return leaf.resolve(whole(leaf.source, seen))
+
+    leaf = whole(path, ())
     if is_compressed(leaf):
         leaf = leaf.dense()
     is_plain = _check.is_array(leaf) and not _is_key(leaf)

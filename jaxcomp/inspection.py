@@ -1,6 +1,7 @@
 """What the leaves of a checkpoint hold, one leaf at a time in memory."""
 
 import io
+from collections import ChainMap
 from typing import Any, NamedTuple
 
 import jax
@@ -151,7 +152,7 @@ def _inspected(path: str, leaves: Any) -> Inspected:
     if isinstance(leaf, TiedTensor):
         row = _row(path, leaf.describe())
         return row._replace(shape=shape, dtype=dtype)
-    values = array_of({path: leaf}, path).reshape(-1)
+    values = array_of(ChainMap({path: leaf}, leaves), path).reshape(-1)
     part = _sample(values)
     distinct = np.unique(_plain(part), return_counts=True)[1]
     row = _row(path, leaf.describe() if is_compressed(leaf) else dtype)._replace(

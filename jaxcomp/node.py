@@ -7,6 +7,7 @@ without changing its kind (`encode`), which is how one technique survives the ne
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -166,7 +167,7 @@ def densify(tree: Any) -> Any:
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     paths, leaves, treedef = flatten(tree)
-    whole = resolved("densify", paths, leaves)
+    whole = list(map(resolver("densify", paths, leaves), range(len(leaves))))
     dense: dict[int, Any] = {}  # tied leaves are one object, made dense once
     for leaf in whole:
         if id(leaf) not in dense:
@@ -174,29 +175,43 @@ def densify(tree: Any) -> Any:
     return jax.tree.unflatten(treedef, [dense[id(leaf)] for leaf in whole])
 
 
-def resolved(caller: str, paths: list[str], leaves: list[Any]) -> list[Any]:
-    """The leaves of a tree with an array or a node for each that needs another.
+def resolver(caller: str, paths: list[str], leaves: list[Any]) -> Callable[[int], Any]:
+    """What gives the leaf at a position, or the one that stands for it.
 
-    A tied leaf becomes the very object that it is tied to.
+    That is an array or a node that needs no other leaf; for a tied one the very object
+    that it is tied to.
 
     Raises:
-      ValueError: a leaf needs a path that the tree does not have, or itself around a
-        circle.
+      ValueError: when asked for a leaf that needs a path that the tree does not have,
+        or itself around a circle.
     """
     index = {path: i for i, path in enumerate(paths)}
 
-    def whole(i: int, seen: tuple[int, ...]) -> Any:
-        leaf = leaves[i]
+    def whole(i: int, seen: tuple[int, ...] = ()) -> Any:
+        leaf, seen = leaves[i], (*seen, i)
         if not isinstance(leaf, DependentArray):
             return leaf
         source = index.get(leaf.source)
-        seen = (*seen, i)
         if source is None or source in seen:
             raise ValueError(
                 f"{caller} needs the leaf that {paths[seen[0]]!r} is tied to, but "
                 f"{leaf.source!r} is {'not' if source is None else 'a circle'}"
-                " in this tree. Pass the whole tree that `tie_layers` returned."
+                " in this tree. Pass the whole tree, with all that share."
             )
         return leaf.resolve(whole(source, seen))
 
-    return [whole(i, ()) for i in range(len(leaves))]
+    return whole
+
+
+def encoded(leaf: Any, whole: Any, x: jax.Array) -> Any:
+    """What takes the place of a leaf with new values; of a node, one of its kind.
+
+    Args:
+      leaf: an array or a node.
+      whole: what a `resolver` gives for it.
+      x: float[*shape].
+    """
+    if not is_compressed(leaf):
+        return x
+    new = whole.encode(x)
+    return leaf.release(new) if isinstance(leaf, DependentArray) else new

@@ -16,7 +16,7 @@ from rich.table import Table
 from jaxcomp import _check
 from jaxcomp.entropy import order0_entropy
 from jaxcomp.node import densify, flatten, is_compressed
-from jaxcomp.storage.leaves import code_counts
+from jaxcomp.storage.leaves import code_counts, node_parts
 from jaxcomp.tree import NOT_MATRICES, last_key, strays
 
 
@@ -217,8 +217,8 @@ def _width(dtype: Any) -> int:
 
 def _coded_bits(node: Any) -> float:
     """The entropy of a node's codes, and its other arrays in full, in bits."""
-    held = code_counts(node)
-    packed = sum(8 * getattr(node, name).size for name in held)
+    held, arrays = code_counts(node), node_parts(node)[1]
+    packed = sum(8 * arrays[name].size for name in held)
     entropy = sum(counts.sum() * order0_entropy(counts) for counts in held.values())
     return float(entropy) + node.nbits() - packed
 

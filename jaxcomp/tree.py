@@ -16,7 +16,14 @@ import numpy as np
 import optax
 
 from jaxcomp import _check
-from jaxcomp.node import TiedTensor, dense_of, flatten, is_compressed
+from jaxcomp.node import (
+    TiedTensor,
+    dense_of,
+    encoded,
+    flatten,
+    is_compressed,
+    resolver,
+)
 
 
 Where = Callable[[str, Any], bool]
@@ -239,16 +246,17 @@ def _lift(
 ) -> Any:
     chosen = jax.tree.leaves(select(params, where, compressed=compressed))
     paths, leaves, treedef = flatten(params)
-    taken = {i: dense_of(leaf) for i, leaf in enumerate(leaves) if chosen[i]}
+    whole = resolver(caller, paths, list(leaves))
+    held = {i: whole(i) for i in range(len(leaves)) if chosen[i]}
+    taken = {i: dense_of(leaf) for i, leaf in held.items()}
     check_finite(caller, [(paths[i], value) for i, value in taken.items()])
+
+    def replaced(i: int, value: jax.Array) -> Any:
+        return encoded(leaves[i], held[i], fn(value))
+
     for i, value in taken.items():
-        leaves[i] = _at(paths[i], partial(_replaced, fn, leaves[i]), value)
+        leaves[i] = _at(paths[i], partial(replaced, i), value)
     return jax.tree.unflatten(treedef, leaves)
-
-
-def _replaced(fn: Callable[[jax.Array], Any], leaf: Any, value: jax.Array) -> Any:
-    """What takes the place of a leaf: ``fn(value)``, in a node if it is one."""
-    return leaf.encode(fn(value)) if is_compressed(leaf) else fn(value)
 
 
 def strays(state: Any) -> int:

@@ -134,7 +134,7 @@ def test_a_tied_leaf_alone_cannot_be_dense():
 def test_a_missing_source_is_an_error_that_names_both_leaves():
     text = (
         r"densify needs the leaf that 'b' is tied to, but 'a' is not in this tree\. "
-        r"Pass the whole tree that `tie_layers` returned\."
+        r"Pass the whole tree, with all that share\."
     )
     with pytest.raises(ValueError, match=text):
         densify({"b": tied("a")})

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxcomp import _check
 from jaxcomp.distill.outputs import Outputs, outputs_of
-from jaxcomp.node import TiedTensor, densify, flatten
+from jaxcomp.node import DependentArray, densify, flatten
 from jaxcomp.tree import list_paths
 
 
@@ -75,7 +75,7 @@ def with_projections(
     (5, 8)
     """
     paths, leaves, _ = flatten(params)
-    tied = [isinstance(leaf, TiedTensor) for leaf in leaves]
+    tied = [isinstance(leaf, DependentArray) for leaf in leaves]
     if any(tied):
         raise ValueError(
             "with_projections cannot nest tied leaves, which name others by their "

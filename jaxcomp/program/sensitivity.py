@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jaxcomp.node import dense_of, densify, flatten
+from jaxcomp.node import dense_of, densify, flatten, resolver
 from jaxcomp.prune.oneshot import unique_names
 from jaxcomp.tree import Where, check_finite, is_matrix, select
 
@@ -113,7 +113,8 @@ def sensitivity(
     paths, leaves, treedef = flatten(params)
     paths = unique_names(paths)
     chosen = jax.tree.leaves(select(params, where, compressed=True))
-    taken = {i: dense_of(leaf) for i, leaf in enumerate(leaves) if chosen[i]}
+    whole = resolver("sensitivity", paths, leaves)
+    taken = {i: dense_of(whole(i)) for i in range(len(leaves)) if chosen[i]}
     check_finite("sensitivity", [(paths[i], leaf) for i, leaf in taken.items()])
 
     @jax.jit

@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
-from jaxcomp.node import TiedTensor, dense_of, flatten, is_compressed
+from jaxcomp.node import (
+    DependentArray,
+    dense_of,
+    flatten,
+    is_compressed,
+    resolver,
+)
 from jaxcomp.prune.budgets import Budget, global_budget
 from jaxcomp.prune.oneshot import unique_names
 from jaxcomp.prune.scores import Score
@@ -245,7 +251,8 @@ def masks_in_rounds(
         scores = jax.lax.fori_loop(0, rounds, prune_and_score, start)
         return masks_of(scores, sparsity)
 
-    weights = {name: dense_of(whole[name]) for name in taken}
+    held = resolver("masks_in_rounds", paths, leaves)
+    weights = {name: dense_of(held(names.index(name))) for name in taken}
     check_finite("masks_in_rounds", list(weights.items()))
     found = run(weights)
     keep = jnp.ones((), bool)
@@ -281,7 +288,7 @@ def _parted(params: Any) -> tuple[Any, Any]:
     _, leaves, treedef = flatten(params)
     values = [
         leaf.dense()
-        if is_compressed(leaf) and not isinstance(leaf, TiedTensor)
+        if is_compressed(leaf) and not isinstance(leaf, DependentArray)
         else leaf
         for leaf in leaves
     ]

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
-from jaxcomp.node import TiedTensor, dense_of, flatten, is_compressed
+from jaxcomp.node import (
+    TiedTensor,
+    dense_of,
+    encoded,
+    flatten,
+    is_compressed,
+    resolver,
+)
 from jaxcomp.prune.budgets import Budget, leaf_budget
 from jaxcomp.prune.scores import Score, magnitude
 from jaxcomp.tree import Where, check_finite, is_matrix, map_values, map_where, select
@@ -47,7 +54,8 @@ def masks(
     """
     chosen = jax.tree.leaves(select(params, where, compressed=True))
     paths, leaves, treedef = flatten(params)
-    taken = {i: dense_of(leaf) for i, leaf in enumerate(leaves) if chosen[i]}
+    whole = resolver("masks", paths, leaves)
+    taken = {i: dense_of(whole(i)) for i in range(len(leaves)) if chosen[i]}
     check_finite("masks", [(paths[i], leaf) for i, leaf in taken.items()])
     found = chosen_masks(paths, taken, sparsity, score, budget)
     keep = jnp.ones((), bool)
@@ -99,13 +107,16 @@ def apply_masks(params: Any, masks: Any) -> Any:
             "Make them with `prune.masks(params, ...)`."
         )
 
-    def apply(path: str, leaf: Any, mask: Any) -> Any:
+    whole = resolver("apply_masks", paths, leaves)
+
+    def apply(i: int, mask: Any) -> Any:
+        path, leaf = paths[i], leaves[i]
         is_tied = isinstance(leaf, TiedTensor)
         given, takes = jnp.shape(mask), _check.is_array(leaf) and not is_tied
         if takes and given == leaf.shape:
-            dense = dense_of(leaf)
+            dense = dense_of(whole(i))
             kept = jnp.where(mask, dense, jnp.zeros((), dense.dtype))
-            return leaf.encode(kept) if is_compressed(leaf) else kept
+            return encoded(leaf, whole(i), kept)
         if given:
             shape = list(leaf.shape) if takes else []
             raise ValueError(
@@ -119,7 +130,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
             )
         return leaf
 
-    rows = zip(paths, leaves, jax.tree.leaves(masks), strict=True)
+    rows = enumerate(jax.tree.leaves(masks))
     return jax.tree.unflatten(treedef, [apply(*row) for row in rows])
 
 

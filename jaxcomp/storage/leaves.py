@@ -9,7 +9,7 @@ import math
 import operator
 import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,22 @@ from jaxcomp.storage.fields import Fields, is_number, plan_fields
 from jaxcomp.storage.planes import Lanes, encode_array, without_padding
 
 
-# Every kind of node: its class, and those of its fields that hold packed codes.
-KINDS: dict[str, tuple[type[CompressedArray], tuple[str, ...]]] = {
-    "QTensor": (QTensor, ("codes", "zero")),
-    "SharedTensor": (SharedTensor, ("codes",)),
-    "TiedTensor": (TiedTensor, ()),
+# Every kind of node: its class, and those of its fields that hold packed codes, with
+# the width of a code in bits or the name of the static field that has it.
+KINDS: dict[str, tuple[type[CompressedArray], dict[str, int | str]]] = {
+    "QTensor": (QTensor, {"codes": "bits", "zero": "bits"}),
+    "SharedTensor": (SharedTensor, {"codes": "bits"}),
+    "TiedTensor": (TiedTensor, {}),
 }
+
+
+class Kind(NamedTuple):
+    """A node of which the static values are known, and the arrays are not."""
+
+    fields: list[str]  # its arrays, those of nodes in it behind the name of the field
+    bits: dict[str, int]  # width of the codes of those that hold packed codes
+    lanes: Lanes | None  # how its own codes lie, if they may have padding
+    make: Callable[[Mapping[str, Any]], Any]  # arrays by field -> the node
 
 
 def field_spec(array: np.ndarray) -> list:
@@ -45,15 +55,57 @@ def field_name(path: str, key: str) -> str:
 
 
 def node_parts(node: Any) -> tuple[list, dict[str, Any]]:
-    """The static values of a node, in order, and its arrays by field."""
-    static, arrays = [], {}
+    """The static values of a node, in order, and its arrays by field.
+
+    Of a field that is a node itself, the kind and static values come last, in a dict,
+    and the arrays have its name before theirs.
+    """
+    static, arrays, inner = [], dict[str, Any](), {}
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if field.metadata.get("static"):
             static.append(value)
+        elif is_compressed(value):
+            values, held = node_parts(value)
+            inner[field.name] = [type(value).__name__, values]
+            arrays |= {f"{field.name}/{name}": array for name, array in held.items()}
         elif value is not None:
             arrays[field.name] = value
-    return static, arrays
+    return [*static, inner] if inner else static, arrays
+
+
+def node_kind(name: str, values: list) -> Kind:
+    """The node that `node_parts` parted into these static values and some arrays.
+
+    Raises:
+      ValueError: there is no such kind, or a value is of another type.
+    """
+    if name not in KINDS:
+        raise ValueError(f"{reprlib.repr(name)} is no kind of node")
+    cls: Any = KINDS[name][0]
+    inner: dict[str, Kind] = {}
+    if values and isinstance(values[-1], dict):
+        *values, specs = values
+        inner = {field: node_kind(*spec) for field, spec in specs.items()}
+    static = _static(cls, values)
+    live = [f.name for f in dataclasses.fields(cls) if f.name not in static]
+    if not set(inner) <= set(live):
+        raise ValueError(f"it cannot have nodes in {reprlib.repr(list(inner))}")
+    names, bits = [field for field in live if field not in inner], {}
+    for field, width in KINDS[name][1].items():
+        bits[field] = static[width] if isinstance(width, str) else width
+    for field, kind in inner.items():
+        names += [f"{field}/{name}" for name in kind.fields]
+        bits |= {f"{field}/{name}": width for name, width in kind.bits.items()}
+
+    def make(arrays: Mapping[str, Any]) -> Any:
+        found: dict[str, Any] = {field: arrays.get(field) for field in live}
+        for field, kind in inner.items():
+            held = {name: arrays.get(f"{field}/{name}") for name in kind.fields}
+            found[field] = kind.make(held)
+        return cls(**static, **found)
+
+    return Kind(names, bits, _lanes(static), make)
 
 
 def leaf_parts(path: str, leaf: Any) -> tuple[list, dict[str, np.ndarray]]:
@@ -92,43 +144,46 @@ def plain(x: Any) -> np.ndarray:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder())
 
 
-def symbols(node: Any, field: str) -> np.ndarray:
-    """The codes that a field of a node holds packed, pad codes too: uint[codes]."""
-    packed = getattr(node, field)
-    count = packed.shape[-1] * 8 // node.bits
-    return np.asarray(packing.unpack(packed, node.bits, count)).reshape(-1)
+def symbols(packed: Any, bits: int) -> np.ndarray:
+    """The codes that an array holds packed, pad codes too: uint[codes]."""
+    count = packed.shape[-1] * 8 // bits
+    return np.asarray(packing.unpack(packed, bits, count)).reshape(-1)
 
 
 def code_counts(node: Any) -> dict[str, np.ndarray]:
     """How often each code is stored, by the fields that hold packed codes."""
-    fields = KINDS[type(node).__name__][1]
-    held = [name for name in fields if getattr(node, name) is not None]
-    return {name: np.bincount(_stored_codes(node, name)) for name in held}
+    static, arrays = node_parts(node)
+    kind = node_kind(type(node).__name__, static)
+    held = [name for name in arrays if name in kind.bits]
+    return {name: np.bincount(_stored_codes(kind, arrays, name)) for name in held}
 
 
 def encode_fields(leaf: Any, arrays: dict[str, np.ndarray], block: Callable) -> bytes:
     """Each array coded, behind its length as a varint."""
-    codes = KINDS[type(leaf).__name__][1] if is_compressed(leaf) else ()
+    kind = Kind([], {}, None, dict)
+    if is_compressed(leaf):
+        kind = node_kind(type(leaf).__name__, node_parts(leaf)[0])
     parts = []
     for name, array in arrays.items():
-        if name in codes:
-            part = encode_symbols(_stored_codes(leaf, name), block)
+        if name in kind.bits:
+            part = encode_symbols(_stored_codes(kind, arrays, name), block)
         else:
             part = encode_array(array, block)
         parts += [encode_varint(len(part)), part]
     return b"".join(parts)
 
 
-def _stored_codes(node: Any, name: str) -> np.ndarray:
+def _stored_codes(kind: Kind, arrays: Mapping[str, Any], name: str) -> np.ndarray:
     """The codes of a field as they are coded: padding that says nothing is left out."""
-    codes, lanes = symbols(node, name), _lanes(vars(node))
-    if lanes and name == "codes" and node.codes.ndim == 1:
-        return without_padding(codes, node.bits, lanes)
+    packed, bits = arrays[name], kind.bits[name]
+    codes = symbols(packed, bits)
+    if kind.lanes and name == "codes" and packed.ndim == 1:
+        return without_padding(codes, bits, kind.lanes)
     return codes
 
 
 def _lanes(static: dict[str, Any]) -> Lanes | None:
-    """How the codes of a `QTensor` of such static values lie; None for other nodes."""
+    """How codes in groups lie, as of a `QTensor`; None for nodes without groups."""
     if "group" not in static:
         return None
     shape, axis, group = static["shape"], static["axis"], static["group"]
@@ -142,7 +197,7 @@ def plan_leaf(
 ) -> tuple[Fields, Callable[[dict[str, Any]], Any]]:
     """The fields of the leaf that a spec describes, and what makes the leaf of them."""
     bits, live, lanes = dict[str, int](), [""], None
-    make: Callable[[dict[str, Any]], Any] = operator.itemgetter("")
+    make: Callable[[Mapping[str, Any]], Any] = operator.itemgetter("")
     match ["array"] if spec == 0 else spec:
         case ["value", bool() | int() | float() | str() as value]:
             return Fields({}, {}), lambda arrays: value
@@ -150,19 +205,11 @@ def plan_leaf(
             pass
         case ["key", str(impl), *coded]:
 
-            def make(arrays: dict[str, Any]) -> Any:
+            def make(arrays: Mapping[str, Any]) -> Any:
                 return jax.random.wrap_key_data(arrays[""], impl=impl)
 
         case [str(kind), list(values), *coded] if kind in KINDS:
-            cls: Any = KINDS[kind][0]
-            static = _static(cls, values)
-            live = [f.name for f in dataclasses.fields(cls) if f.name not in static]
-            bits = {name: static["bits"] for name in KINDS[kind][1]}
-            lanes = _lanes(static)
-
-            def make(arrays: dict[str, Any]) -> Any:
-                return cls(**dict.fromkeys(live) | static | arrays)
-
+            live, bits, lanes, make = node_kind(kind, values)
         case _:
             raise ValueError(f"{reprlib.repr(spec)} is none of version {VERSION}")
     names = {name: field_name(path, name) for name in live}
@@ -180,8 +227,9 @@ def _static(cls: Any, values: list) -> dict[str, Any]:
         if field.type is str:
             is_right = isinstance(value, str)
         else:  # int, bool or tuple[int, ...]
-            numbers = value if isinstance(value, list) else [value]
-            is_right = isinstance(value, list) == (field.type not in (int, bool))
+            is_row = isinstance(value, list | tuple)
+            numbers = value if is_row else [value]
+            is_right = is_row == (field.type not in (int, bool))
             is_right &= all(isinstance(n, int) and n >= 0 for n in numbers)
         if not is_right or (field.type is bool and value > 1):
             raise ValueError(f"its {field.name} cannot be {reprlib.repr(value)}")

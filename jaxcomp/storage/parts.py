@@ -4,7 +4,6 @@ The text is JSON with the containers, the kind of each leaf and its static value
 arrays lie where the leaves were, those of a node in a dict by field.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from jaxcomp import _check
 from jaxcomp.node import flatten, is_compressed
 from jaxcomp.storage.fields import is_number
-from jaxcomp.storage.leaves import KINDS, node_parts
+from jaxcomp.storage.leaves import KINDS, node_kind, node_parts
 from jaxcomp.storage.structure import decode_tree, encode_tree
 
 
@@ -54,7 +53,7 @@ def part_tree(tree: Any, takes: Callable[[Any], Any]) -> tuple[str, Any]:
             return ["value", x]
         kind, static, arrays = _described(path, x)
         parts = {field: _part(a, takes) for field, a in arrays.items()}
-        stored[path] = parts if is_compressed(x) else parts[""]
+        stored[path] = _nested(parts) if is_compressed(x) else parts[""]
         specs = {f: 0 if takes(a) else _spec(a) for f, a in arrays.items()}
         return [kind, static, specs]
 
@@ -129,17 +128,23 @@ def _made(kind: str, static: list, arrays: dict[str, Any]) -> Any:
         return arrays[""]
     if kind == "key":
         return jax.random.wrap_key_data(jnp.asarray(arrays[""]), impl=static[0])
-    cls: Any = KINDS[kind][0]
-    fields = dataclasses.fields(cls)
-    fixed = [f.name for f in fields if f.metadata.get("static")]
-    values = [tuple(v) if isinstance(v, list) else v for v in static]
-    live = {f.name: None for f in fields if f.name not in fixed}
-    whole = {field: to_jax(a) for field, a in arrays.items()}
-    return cls(**dict(zip(fixed, values, strict=True)), **(live | whole))
+    return node_kind(kind, static).make({k: to_jax(a) for k, a in arrays.items()})
 
 
 def _spec(x: Any) -> list:
     return [x.dtype.name, *x.shape]
+
+
+def _nested(parts: dict[str, Any]) -> dict[str, Any]:
+    """A dict for each node in a node: no format likes a "/" in a key."""
+    found: dict[str, Any] = {}
+    for field, part in parts.items():
+        *outer, last = field.split("/")
+        place = found
+        for name in outer:
+            place = place.setdefault(name, {})
+        place[last] = part
+    return found
 
 
 def _part(x: Any, takes: Callable[[Any], Any]) -> Any:

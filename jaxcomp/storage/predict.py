@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxcomp import _check
 from jaxcomp.entropy import order0_entropy
 from jaxcomp.node import is_compressed
-from jaxcomp.storage.leaves import code_counts
+from jaxcomp.storage.leaves import code_counts, node_parts
 from jaxcomp.storage.planes import encode_array
 
 
@@ -32,8 +31,8 @@ def coded_bytes(stored: Any, times: float) -> float:
     for counts in packed.values():
         bits = times * int(counts.sum()) * order0_entropy(counts)
         total += bits / 8 + np.count_nonzero(counts)  # its table: a byte a symbol
-    for name, x in vars(stored).items():
-        if name not in packed and _check.is_array(x):
+    for name, x in node_parts(stored)[1].items():
+        if name not in packed:
             size = len(encode_array(np.asarray(x)))
             total += size if name == "codebook" else times * size
     return total

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxcomp import _check
-from jaxcomp.node import TiedTensor, is_compressed
+from jaxcomp.node import DependentArray, TiedTensor, is_compressed
 from jaxcomp.storage.checkpoints import write_checkpoint
 from jaxcomp.storage.container import Leaves, open_file, save
 from jaxcomp.storage.file import FileFault, damaged
@@ -78,7 +78,7 @@ class _Dense:
     def __init__(self, leaves: Leaves, name: str, read: Callable, seen: Callable):
         name = _source(leaves, name)
         like = leaves.like(name)
-        if is_compressed(like):
+        if is_compressed(like) and not isinstance(like, DependentArray):
             like = jax.eval_shape(lambda node: node.dense(), like)
         self.shape, self.dtype = like.shape, like.dtype
         self._leaves, self._name, self._read, self._seen = leaves, name, read, seen
@@ -89,10 +89,16 @@ class _Dense:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         with _faults_of(self._leaves, self._name):
-            leaf = self._read(self._name)
+            leaf = self._resolved(self._name)
             array = np.asarray(leaf.dense() if is_compressed(leaf) else leaf)
         self._seen(self._name, self.nbytes)
         return array
+
+    def _resolved(self, name: str) -> Any:
+        leaf = self._read(name)
+        if isinstance(leaf, DependentArray):
+            return leaf.resolve(self._resolved(leaf.source))
+        return leaf
 
 
 @contextlib.contextmanager
@@ -107,15 +113,15 @@ def _faults_of(leaves: Leaves, name: str) -> Iterator[None]:
 
 
 def _source(leaves: Leaves, name: str) -> str:
-    """The leaf that holds the array of a leaf which may be tied."""
+    """The leaf itself, or the one it is tied to; all that it needs is there."""
     seen = [name]
-    while isinstance(like := leaves.like(seen[-1]), TiedTensor):
+    while isinstance(like := leaves.like(seen[-1]), DependentArray):
         if like.source not in leaves or like.source in seen:
             lacks = "a circle" if like.source in seen else "not in the file"
             what = f"leaf {name!r} is tied, but {like.source!r} is {lacks}"
             raise damaged(leaves.tensors.path, what)
         seen.append(like.source)
-    return seen[-1]
+    return next(n for n in seen if not isinstance(leaves.like(n), TiedTensor))
 
 
 def _is_array(leaf: Any) -> bool:
