@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import operator
+import os
+import subprocess
+import sys
 
 import chex
 import jax
@@ -10,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxcomp as jc
+from jaxcomp.storage.leaves import leaf_parts
 
 
 SHAPE = (4, 6)
@@ -203,6 +208,12 @@ def test_nbits_counts_the_bits_of_the_arrays_it_holds(tree, stacked):
         assert node.nbits() == sum(true_bits(x) for x in jax.tree.leaves(node))
 
 
+def test_nbits_is_what_the_packed_file_spends_on_its_tensors(tree, stacked):
+    for node in nodes(tree) + nodes(stacked):
+        _, arrays = leaf_parts("kernel", node)
+        assert node.nbits() == 8 * sum(x.nbytes for x in arrays.values())
+
+
 def test_nbits_is_at_least_the_entropy_of_its_values(tree):
     for node in nodes(tree):
         if jax.tree.leaves(node):  # a tie holds nothing
@@ -297,3 +308,39 @@ def test_optax_updates_its_float_arrays_alone(tree):
     assert jax.tree.structure(stepped) == jax.tree.structure(tree)
     assert raw(jc.split(stepped)[1]) == raw(rest)
     assert squares(*jc.split(stepped)) < squares(trainable, rest)
+
+
+def spread_over_a_mesh():
+    """Prints each row that eight devices make, and make dense, as one does."""
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("rows", "columns"))
+
+    def spread(x, axes):
+        names = [
+            axis if length % mesh.shape[axis] == 0 else None
+            for axis, length in zip(axes, x.shape, strict=False)
+        ]
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*names)))
+
+    for name, (make, _) in ROWS.items():
+        one, x = make(normal(0)), spread(normal(0), ("rows", "columns"))
+        assert len(x.sharding.device_set) == 8
+        assert raw(make(x)) == raw(one), name
+        apart = jax.tree.map(lambda leaf: spread(leaf, ("rows",)), one)
+        assert raw(jax.jit(jc.densify)(apart)) == raw(jc.densify(one)), name
+        print(name)
+
+
+def test_eight_devices_make_the_same_node_and_the_same_array():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count"
+    run = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {"XLA_FLAGS": f"{flags}=8", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n")[:-1] == list(ROWS)
+
+
+if __name__ == "__main__":
+    spread_over_a_mesh()
