@@ -80,7 +80,8 @@ def _histogram(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     # The ratio, and not the square of the size, which may overflow.
     ratio = sizes / jnp.where(largest > 0, largest, 1)
     bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
-    place = jnp.clip((ONE >> DROPPED) - (bits >> DROPPED), 0, BINS).reshape(-1)
+    # Not laid out flat: leaves that are spread over devices would be gathered.
+    place = jnp.clip((ONE >> DROPPED) - (bits >> DROPPED), 0, BINS)
     counts = jnp.zeros(BINS + 1, jnp.int32).at[place].add(1)
     return counts[:BINS], jnp.sum(scores >= 0, dtype=jnp.int32)
 

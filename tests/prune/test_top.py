@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcomp.prune import top_mask
-from jaxcomp.prune.top import top_masks, zeros_of
+from jaxcomp.prune.top import _top_masks, top_masks, zeros_of
 
 
 SHAPES = [(2, 5), (), (0, 2), (10,)]
@@ -21,8 +21,18 @@ SCORES = st.lists(st.sampled_from(LEVELS), min_size=SIZE, max_size=SIZE)
 COUNTS = st.integers(0, SIZE)
 PERCENT = st.integers(0, 99)
 
-jitted = jax.jit(top_masks)
 jitted_mask = jax.jit(top_mask)
+
+
+@pytest.fixture(params=[True, False], ids=["counts", "digits"])
+def jitted(request):
+    """`top_masks`, jitted, by either way, however many entries there are."""
+
+    def run(scores, zeros):
+        scores = [jnp.asarray(score) for score in scores]
+        return _top_masks(scores, jnp.asarray(zeros, jnp.int32), request.param)
+
+    return run
 
 
 def cut(flat):
@@ -99,7 +109,7 @@ def test_the_count_of_a_narrow_jax_number_is_exact(strict, dtype):
 
 
 @given(SCORES, COUNTS)
-def test_masks_are_those_of_a_full_sort(flat, zeros):
+def test_masks_are_those_of_a_full_sort(jitted, flat, zeros):
     masks = jitted(cut(flat), zeros)
     np.testing.assert_array_equal(joined(masks), reference(flat, zeros))
 
@@ -111,7 +121,7 @@ def test_masks_outside_jit_are_those_of_a_full_sort(flat, zeros):
 
 
 @given(flat=SCORES, zeros=COUNTS)
-def test_scores_of_several_narrow_dtypes_are_sorted_together(flat, zeros):
+def test_scores_of_several_narrow_dtypes_are_sorted_together(jitted, flat, zeros):
     dtypes = [ml_dtypes.bfloat16, np.float16, np.float32, np.float16]
     leaves = [s.astype(t) for s, t in zip(cut(flat), dtypes, strict=True)]
     rounded = np.concatenate([np.ravel(s).astype(np.float64) for s in leaves])
@@ -124,7 +134,9 @@ def test_scores_of_several_narrow_dtypes_are_sorted_together(flat, zeros):
     st.lists(st.floats(width=32, allow_nan=False), min_size=SIZE, max_size=SIZE),
     COUNTS,
 )
-def test_any_scores_lose_exactly_the_asked_count_and_none_above_a_kept_one(flat, zeros):
+def test_any_scores_lose_exactly_the_asked_count_and_none_above_a_kept_one(
+    jitted, flat, zeros
+):
     kept = joined(jitted(cut(flat), zeros))
     assert np.sum(~kept) == zeros
     tiny = np.finfo(np.float32).tiny  # the processor may take subnormals for zeros
@@ -140,19 +152,18 @@ def test_any_scores_lose_exactly_the_asked_count_and_none_above_a_kept_one(flat,
     ),
     COUNTS,
 )
-def test_masks_of_subnormal_scores_do_not_depend_on_jit(flat, zeros):
+def test_masks_of_subnormal_scores_do_not_depend_on_jit(jitted, flat, zeros):
     np.testing.assert_array_equal(
         joined(jitted(cut(flat), zeros)), joined(top_masks(cut(flat), zeros))
     )
 
 
-@pytest.mark.parametrize("run", [top_masks, jitted], ids=["eager", "jit"])
-def test_minus_zero_ties_with_zero(run):
-    [mask] = run([jnp.array([0.0, -0.0] * 5)], 4)
+def test_minus_zero_ties_with_zero(jitted):
+    [mask] = jitted([jnp.array([0.0, -0.0] * 5)], 4)
     assert mask.tolist() == [True] * 6 + [False] * 4
 
 
-def test_neighbouring_floats_are_told_apart():
+def test_neighbouring_floats_are_told_apart(jitted):
     rng = np.random.default_rng(0)
     one = np.float32(1).view(np.uint32)
     flat = (one + rng.permutation(SIZE).astype(np.uint32)).view(np.float32)
@@ -162,14 +173,14 @@ def test_neighbouring_floats_are_told_apart():
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 1023, 1024, 1025, 2047, 2048, 2999, 3000])
-def test_ties_that_fill_several_blocks_go_by_position(zeros):
+def test_ties_that_fill_several_blocks_go_by_position(jitted, zeros):
     a, b = jitted([jnp.zeros(1500), jnp.zeros((3, 500))], zeros)
     kept = np.concatenate([a, b.reshape(-1)])
     np.testing.assert_array_equal(kept, np.arange(3000) < 3000 - zeros)
 
 
 @pytest.mark.parametrize("zeros", [1, 700, 1024, 2000])
-def test_ties_among_other_scores_go_by_position(zeros):
+def test_ties_among_other_scores_go_by_position(jitted, zeros):
     flat = np.random.default_rng(1).integers(0, 3, 3000).astype(np.float32)
     a, b = jitted([jnp.asarray(flat[:1500]), flat[1500:].reshape(3, 500)], zeros)
     kept = np.concatenate([a, b.reshape(-1)])
@@ -177,7 +188,7 @@ def test_ties_among_other_scores_go_by_position(zeros):
 
 
 @given(SCORES, st.tuples(*[st.integers(0, max(np.prod(s), 0)) for s in SHAPES]))
-def test_a_count_for_each_leaf_gives_the_masks_of_the_leaves_alone(flat, zeros):
+def test_a_count_for_each_leaf_gives_the_masks_of_the_leaves_alone(jitted, flat, zeros):
     leaves = cut(flat)
     masks = jitted(leaves, jnp.array(zeros, jnp.int32))
     for leaf, mask, count in zip(leaves, masks, zeros, strict=True):
@@ -185,7 +196,7 @@ def test_a_count_for_each_leaf_gives_the_masks_of_the_leaves_alone(flat, zeros):
 
 
 @pytest.mark.parametrize("zeros", [(0, 1500), (1023, 1), (1024, 700), (1500, 0)])
-def test_ties_of_leaves_of_several_rows_go_by_position_in_each(zeros):
+def test_ties_of_leaves_of_several_rows_go_by_position_in_each(jitted, zeros):
     a, b = jitted([jnp.zeros(1500), jnp.zeros((3, 500))], jnp.array(zeros, jnp.int32))
     np.testing.assert_array_equal(a, np.arange(1500) < 1500 - zeros[0])
     np.testing.assert_array_equal(b.reshape(-1), np.arange(1500) < 1500 - zeros[1])
@@ -202,7 +213,7 @@ def long_leaves(flat):
 
 
 @pytest.mark.parametrize("levels", [3, 2**7])  # both are exact in bfloat16
-def test_long_leaves_have_the_masks_of_a_full_sort(levels):
+def test_long_leaves_have_the_masks_of_a_full_sort(jitted, levels):
     rng = np.random.default_rng(levels)
     flat = rng.integers(-levels, levels, 842_150).astype(np.float32)
     leaves = long_leaves(flat)
@@ -217,27 +228,33 @@ def test_long_leaves_have_the_masks_of_a_full_sort(levels):
 
 def test_a_long_leaf_is_searched_without_a_copy_of_it():
     leaf = jax.ShapeDtypeStruct((2**22 + 1,), jnp.float32)
-    compiled = jitted.lower([leaf], jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    zeros = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = jax.jit(top_masks).lower([leaf], zeros).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2**22
 
 
 def test_the_search_is_compiled_once_for_all_leaves():
     def equations(leaves):
-        jaxpr = jax.make_jaxpr(lambda s: top_masks(s, 3))([jnp.zeros((2, 3))] * leaves)
+        scores = [jnp.zeros((2, 3))] * leaves
+        jaxpr = jax.make_jaxpr(lambda s: _top_masks(s, jnp.int32(3), False))(scores)
         return str(jaxpr).count(" = ")
 
     assert equations(11) < equations(1) + 10 * 35  # about 300 for a leaf of its own
 
 
-def test_leaves_without_entries_have_masks_without_entries():
+def test_leaves_without_entries_have_masks_without_entries(jitted):
     for masks in (top_masks([jnp.zeros((0, 3))], 0), jitted([jnp.zeros((0, 3))], 0)):
         assert [mask.shape for mask in masks] == [(0, 3)]
     assert top_masks([], 0) == []
 
 
 def test_masks_are_made_without_a_sort():
-    jaxpr = str(jax.make_jaxpr(top_masks)(cut(np.zeros(SIZE)), 3))
-    primitives = set(re.findall(r"= ([a-z_0-9]+)[\[ ]", jaxpr))
+    leaves, zeros = cut(np.zeros(SIZE)), jnp.int32(3)
+    found = [
+        str(jax.make_jaxpr(lambda s, way=way: _top_masks(s, zeros, way))(leaves))
+        for way in (True, False)
+    ]
+    primitives = set(re.findall(r"= ([a-z_0-9]+)[\[ ]", "".join(found)))
     assert "cumsum" in primitives  # the names are read right
     assert not primitives & {"sort", "top_k", "approx_top_k", "argsort"}
 

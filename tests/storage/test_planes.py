@@ -310,7 +310,7 @@ def test_python_objects_are_refused():
 def test_padding_is_left_out_and_put_back():
     w = np.random.default_rng(0).normal(size=(300, 33)).astype(np.float32)
     node = jc.quantize(w, 4, axis=0, group=32)
-    codes = leaves.symbols(node, "codes")
+    codes = leaves.symbols(node.codes, 4)
     lanes = planes.Lanes(300, 64, 33)
     live = planes.without_padding(codes, 4, lanes)
     np.testing.assert_array_equal(live.reshape(300, 33), codes.reshape(300, 64)[:, :33])
