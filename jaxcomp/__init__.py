@@ -3,6 +3,8 @@
 from jaxcomp import distill as distill
 from jaxcomp import program as program
 from jaxcomp import prune as prune
+from jaxcomp import quant as quant
+from jaxcomp import share as share
 from jaxcomp import testing as testing
 from jaxcomp.difference import Difference as Difference
 from jaxcomp.difference import difference as difference
@@ -15,6 +17,10 @@ from jaxcomp.distill import soft_target_loss as soft_target_loss
 from jaxcomp.distill import with_features as with_features
 from jaxcomp.inspection import Inspection as Inspection
 from jaxcomp.inspection import inspect_tree as inspect_tree
+from jaxcomp.lowrank import BasisTensor as BasisTensor
+from jaxcomp.lowrank import LowRankTensor as LowRankTensor
+from jaxcomp.lowrank import factorize as factorize
+from jaxcomp.lowrank import share_basis as share_basis
 from jaxcomp.node import CompressedArray as CompressedArray
 from jaxcomp.node import TiedTensor as TiedTensor
 from jaxcomp.node import densify as densify
@@ -38,6 +44,7 @@ from jaxcomp.quant import quantize_binary as quantize_binary
 from jaxcomp.quant import quantize_searched as quantize_searched
 from jaxcomp.quant import quantize_step as quantize_step
 from jaxcomp.quant import quantize_ternary as quantize_ternary
+from jaxcomp.quant import quantize_to_rate as quantize_to_rate
 from jaxcomp.quant import quantize_tree as quantize_tree
 from jaxcomp.recipe import Plan as Plan
 from jaxcomp.recipe import PlannedLeaf as PlannedLeaf

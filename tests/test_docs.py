@@ -71,6 +71,8 @@ ROOMS = {
     jc: True,
     jc.distill: True,
     jc.prune: True,
+    jc.quant: True,
+    jc.share: True,
     jc.program: True,
     jc.testing: False,
 }

@@ -88,7 +88,7 @@ def _may_be_apart(x: jax.Array) -> bool:
 
 @partial(jax.jit, static_argnames="by_counting")
 def _top_masks(
-    scores: Sequence[jax.Array], zeros: jax.Array, by_counting: bool
+    scores: list[jax.Array], zeros: jax.Array, by_counting: bool
 ) -> list[jax.Array]:
     sizes = np.array([s.size for s in scores], int)
     if not sizes.sum():

@@ -18,6 +18,7 @@ import numpy as np
 from jaxcomp import _check
 from jaxcomp import bits as packing
 from jaxcomp.entropy import encode_symbols, encode_varint
+from jaxcomp.lowrank import BasisTensor, LowRankTensor
 from jaxcomp.node import CompressedArray, TiedTensor, is_compressed
 from jaxcomp.quant import QTensor
 from jaxcomp.share import SharedTensor
@@ -31,6 +32,8 @@ from jaxcomp.storage.planes import Lanes, encode_array, without_padding
 KINDS: dict[str, tuple[type[CompressedArray], dict[str, int | str]]] = {
     "QTensor": (QTensor, {"codes": "bits", "zero": "bits"}),
     "SharedTensor": (SharedTensor, {"codes": "bits"}),
+    "LowRankTensor": (LowRankTensor, {}),
+    "BasisTensor": (BasisTensor, {}),
     "TiedTensor": (TiedTensor, {}),
 }
 

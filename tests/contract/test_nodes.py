@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxcomp as jc
+from jaxcomp.node import flatten, resolver
 from jaxcomp.storage.leaves import leaf_parts
 
 
@@ -60,7 +61,17 @@ ROWS = {
         ["kernel/codes", "kernel/codebook"],
     ),
     "TiedTensor": (tie, ["head/n", "kernel/n", "kernel/w"]),
+    "LowRankTensor": (
+        lambda x: {"kernel": jc.factorize(x, 3)},
+        ["kernel/left", "kernel/right"],
+    ),
+    "BasisTensor": (
+        lambda x: jc.share_basis({"a": x, "b": 0.5 - x}, [("a", "b")], 3),
+        ["a/left", "a/right", "b/right"],
+    ),
 }
+# A product of factors: it keeps no zeros but whole rows and columns.
+FACTORS = (jc.LowRankTensor, jc.BasisTensor)
 
 
 @pytest.fixture(params=ROWS)
@@ -91,6 +102,18 @@ def stacked(trees):
 def nodes(tree):
     leaves = jax.tree.leaves(tree, is_leaf=jc.is_compressed)
     return [leaf for leaf in leaves if jc.is_compressed(leaf)]
+
+
+def whole_nodes(tree):
+    """The nodes, with one that needs no other leaf for each that does."""
+    paths, leaves, _ = flatten(tree)
+    whole = resolver("contract", paths, leaves)
+    found = [whole(i) for i, leaf in enumerate(leaves) if jc.is_compressed(leaf)]
+    return [node for node in found if jc.is_compressed(node)]
+
+
+def every_leaf(path, leaf):
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def raw(tree):
@@ -141,7 +164,9 @@ def test_the_gradient_in_its_float_arrays_is_right(tree):
     assert jax.tree.leaves(grads)
     for leaf in jax.tree.leaves(grads):
         assert jnp.any(leaf != 0)
-    # Dense arrays are linear in them, so by Euler <grad, leaves> is twice the loss.
+    # Dense arrays are linear in them, so by Euler <grad, leaves> is twice the loss;
+    # products are of the second order.
+    order = 4 if any(isinstance(node, FACTORS) for node in nodes(tree)) else 2
     inner = jax.tree.map(
         lambda g, x: jnp.vdot(g.astype(jnp.float32), x.astype(jnp.float32)),
         grads,
@@ -149,7 +174,7 @@ def test_the_gradient_in_its_float_arrays_is_right(tree):
     )
     is_wide = all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trainable))
     np.testing.assert_allclose(
-        sum(jax.tree.leaves(inner)), 2 * loss, rtol=1e-5 if is_wide else 2e-2
+        sum(jax.tree.leaves(inner)), order * loss, rtol=1e-5 if is_wide else 2e-2
     )
 
 
@@ -215,8 +240,8 @@ def test_nbits_is_what_the_packed_file_spends_on_its_tensors(tree, stacked):
 
 
 def test_nbits_is_at_least_the_entropy_of_its_values(tree):
-    for node in nodes(tree):
-        if jax.tree.leaves(node):  # a tie holds nothing
+    for node in whole_nodes(tree):
+        if not isinstance(node, FACTORS):  # whose values are as many as there are
             counts = np.unique(np.asarray(node.dense()), return_counts=True)[1]
             assert node.nbits() >= counts @ np.log2(counts.sum() / counts)
 
@@ -249,11 +274,9 @@ def test_describes_itself(tree):
 
 
 def test_encoding_its_own_values_changes_no_bit(tree):
-    def check(leaf, dense):
-        if jc.is_compressed(leaf):
-            assert raw(leaf.encode(dense)) == raw(leaf)
-
-    jax.tree.map(check, tree, jc.densify(tree), is_leaf=jc.is_compressed)
+    assert raw(jc.map_values(lambda x: x, tree, every_leaf)) == raw(tree)
+    for node in whole_nodes(tree):
+        assert raw(node.encode(node.dense())) == raw(node)
 
 
 @pytest.mark.parametrize("train", [lambda x: 0.5 - x, lambda x: 0 * x + 0.5])
@@ -262,24 +285,26 @@ def test_encoding_its_own_values_after_training_keeps_every_code(tree, train):
     trainable, rest = jc.split(tree)
     trained = jc.join(jax.tree.map(train, trainable), rest)
 
-    def check(leaf, dense):
-        if jc.is_compressed(leaf) and jax.tree.leaves(leaf):
-            again = leaf.encode(dense)
-            assert raw(again.dense()) == raw(dense)
-            assert raw(again) == raw(leaf)
-
-    jax.tree.map(check, trained, jc.densify(trained), is_leaf=jc.is_compressed)
+    for node in whole_nodes(trained):
+        dense = node.dense()
+        again = node.encode(dense)
+        assert raw(again.dense()) == raw(dense)
+        assert raw(again) == raw(node)
 
 
 def test_encoding_keeps_kind_settings_and_zeros(tree):
     values = jnp.where(normal(1) > 0, 0, normal(2)).astype(jnp.float32)
-    for node in nodes(tree):
-        again = node.encode(values.astype(node.dtype))
+    for node in whole_nodes(tree):
+        new = values.astype(node.dtype)
+        if isinstance(node, FACTORS):
+            with pytest.raises(ValueError, match="zero"):
+                node.encode(new)
+            new = normal(2)
+        again = node.encode(new)
         assert type(again) is type(node)
         assert (again.shape, again.dtype) == (node.shape, node.dtype)
-        if jax.tree.leaves(again):
-            assert again.describe() == node.describe()
-            assert not jnp.any(again.dense()[values == 0])
+        assert again.describe() == node.describe()
+        assert not jnp.any(again.dense()[new == 0])
 
 
 def test_keys_of_its_arrays_are_named(name, tree):

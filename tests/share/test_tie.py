@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
 from jaxcomp import TiedTensor, tie_layers
-from jaxcomp.share.tie import average
+from jaxcomp.share.tie import average, best_member, member
 
 
 MATRICES = hnp.arrays(
@@ -189,6 +189,170 @@ def test_a_mean_of_narrow_arrays_needs_no_dtype_promotion(strict, dtype):
     assert jax.eval_shape(average, [array, array]).dtype == dtype
 
 
+# weights
+
+WEIGHTS = hnp.arrays(
+    np.float32, (2, 3), elements=st.just(0.0) | st.floats(0, 1e6, width=32)
+)
+
+
+def test_each_element_is_the_mean_by_its_weights():
+    tree = {
+        "a": {"w": jnp.array([1.0, 2.0, 0.0])},
+        "b": {"w": jnp.array([5.0, 4.0, 0.0])},
+    }
+    weights = {
+        "a": {"w": jnp.array([3.0, 0.0, 1.0])},
+        "b": {"w": jnp.array([1.0, 0.0, 2.0])},
+    }
+    small = tie_layers(tree, [("a", "b")], weights=weights)
+    np.testing.assert_array_equal(small["a"]["w"], [2.0, 3.0, 0.0])
+    assert small["b"]["w"].source == "a/w"
+
+
+@given(st.tuples(MATRICES, MATRICES, MATRICES), st.tuples(WEIGHTS, WEIGHTS, WEIGHTS))
+def test_the_weighted_mean_is_that_of_float64_and_between_the_extremes(x, w):
+    mean = np.asarray(average(list(map(jnp.asarray, x)), list(map(jnp.asarray, w))))
+    assert np.all((np.min(x, axis=0) <= mean) & (mean <= np.max(x, axis=0)))
+    x, w = np.array(x, np.float64), np.array(w, np.float64)
+    w[w < np.finfo(np.float32).tiny] = 0
+    w[:, ~w.any(axis=0)] = 1
+    close = 4e-7 * np.abs(x).max(axis=0) + 1e-37
+    assert np.all(np.abs(mean - np.average(x, axis=0, weights=w)) <= close)
+
+
+@given(MATRICES, WEIGHTS, WEIGHTS)
+def test_equal_layers_keep_their_bits_whatever_the_weights(x, a, b):
+    mean = average([jnp.asarray(x)] * 2, [jnp.asarray(a), jnp.asarray(b)])
+    np.testing.assert_array_equal(mean, x)
+
+
+def test_where_no_weight_counts_it_is_the_plain_mean():
+    arrays = [jnp.array([1.0, 1.1, 1.2])] * 2 + [jnp.array([7.0, 0.3, -5.0])]
+    for nothing in (0.0, 1e-41):
+        none = [jnp.full(3, nothing)] * 3
+        np.testing.assert_array_equal(average(arrays, none), average(arrays))
+
+
+@pytest.mark.parametrize("least", [1.2e-38, 1.0, 1e37, 3.4e38])
+def test_weights_of_any_size_count_by_their_ratio(least):
+    weights = [jnp.full(2, least), jnp.full(2, least / 2).at[1].set(0)]
+    mean = average([jnp.array([3.0, 3.0]), jnp.array([6.0, 6.0])], weights)
+    # Half of the least normal number is none.
+    np.testing.assert_allclose(mean, [3.0 if least < 1e-30 else 4.0, 3.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [None, [jnp.full(2, 0.3)] * 5])
+def test_the_mean_of_the_largest_numbers_is_finite(weights):
+    mean = average([jnp.array([3.4e38, -1e37])] * 5, weights)
+    np.testing.assert_allclose(mean, [3.4e38, -1e37], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_weighted_mean_of_narrow_arrays_is_taken_in_float32(dtype):
+    arrays = [jnp.array([x], dtype) for x in (1, 3)]
+    weights = [jnp.array([x], jnp.float32) for x in (2001, 1999)]
+    mean = average(arrays, weights)
+    assert (mean.dtype, float(mean[0])) == (dtype, float(np.array(1.9995, dtype)))
+
+
+def test_counts_are_weights_too_and_other_leaves_are_not_looked_at():
+    tree = {"a": layer(1.0, n=jnp.array(1)), "b": layer(5.0, n=jnp.array(2)), "c": 1.0}
+    counts = {"kernel": np.full((2, 3), 3), "bias": np.full(3, True)}
+    weights = {"a": counts, "b": counts | {"kernel": np.ones((2, 3), int)}}
+    small = tie_layers(tree, [("a", "b")], weights=weights)
+    np.testing.assert_allclose(small["a"]["kernel"], np.full((2, 3), 2.0), rtol=1e-6)
+    np.testing.assert_array_equal(small["a"]["bias"], np.full(3, -3.0))
+
+
+def test_ties_by_weight_are_the_same_under_jit():
+    tree = {"a": layer(1.0), "b": layer(3.3)}
+    weights = {"a": layer(-0.7), "b": layer(-1.9)}
+    weights = jax.tree.map(jnp.abs, weights)
+
+    def tie(tree, weights):
+        return tie_layers(tree, [("a", "b")], weights=weights)["a"]["kernel"]
+
+    np.testing.assert_array_equal(jax.jit(tie)(tree, weights), tie(tree, weights))
+
+
+def test_a_merge_of_ones_own_sees_arrays_and_weights_in_one_order():
+    tree = {"a": {"w": jnp.array([1.0, 8.0])}, "b": {"w": jnp.array([5.0, 4.0])}}
+    weights = {"a": {"w": jnp.array([1.0, 9.0])}, "b": {"w": jnp.array([2.0, 3.0])}}
+
+    def heaviest(arrays, weights):
+        place = jnp.argmax(jnp.stack(weights), axis=0)
+        return jnp.take_along_axis(jnp.stack(arrays), place[None], axis=0)[0]
+
+    small = tie_layers(tree, [("b", "a")], merge=heaviest, weights=weights)
+    assert small["b"]["w"].tolist() == [5.0, 8.0]
+
+
+# members
+
+
+def test_a_member_lends_its_very_arrays_to_the_group():
+    tree = {"a": layer(1.0), "b": layer(3.0), "c": layer(5.0)}
+    small = tie_layers(tree, [("c", "a", "b")], merge=member(1))
+    assert small["c"]["kernel"] is tree["a"]["kernel"]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(-9, 9), min_size=3, max_size=3), st.integers(-9, 9))
+def test_the_best_member_gives_the_least_loss_of_all(values, target):
+    tree = {name: {"w": jnp.float32(x)} for name, x in zip("abc", values, strict=True)}
+
+    def loss(params):
+        return (
+            params["a"]["w"] + params["b"]["w"] + params["c"]["w"] - 3 * target
+        ) ** 2
+
+    distance = [abs(x - target) for x in values]
+    assert best_member(loss, tree, ("a", "b", "c")) == distance.index(min(distance))
+
+
+def test_the_best_member_is_found_beside_what_is_compressed_already():
+    tree = {
+        name: layer(x) for name, x in zip("abcd", (1.0, 3.0, 5.0, 7.0), strict=True)
+    }
+    tree = tie_layers(tree, [("a", "b")])
+    tree["head"] = jc.quantize(jnp.ones((2, 2)), bits=4)
+    best = best_member(
+        jax.jit(lambda p: jnp.sum(p["d"]["kernel"] @ p["b"]["kernel"].T @ p["head"])),
+        tree,
+        ("d", "c"),
+    )
+    assert best == 1
+
+
+def test_a_member_that_a_group_does_not_have_is_an_error():
+    tree = {"a": layer(1.0), "b": layer(3.0)}
+    with pytest.raises(ValueError, match="member needs 0 <= i <= 1, got 2."):
+        tie_layers(tree, [("a", "b")], merge=member(2))
+
+
+def test_a_loss_that_is_no_number_is_an_error():
+    tree = {"a": layer(1.0), "b": layer(3.0)}
+    text = "needs a number for the loss with all of the group as 'b', got nan"
+    with pytest.raises(ValueError, match=text):
+        best_member(lambda p: jnp.log(2 - p["a"]["kernel"][0, 0]), tree, ("a", "b"))
+
+
+def test_a_loss_that_is_not_known_under_jit_is_an_error():
+    tree = {"a": layer(1.0), "b": layer(3.0)}
+    text = (
+        "best_member needs the value of the loss, which is not known under jit. Call "
+        "it outside jit; the loss itself may be jitted."
+    )
+    with pytest.raises(ValueError, match=re.escape(text)):
+        jax.jit(lambda p: best_member(lambda p: p["a"]["bias"][0], p, ("a", "b")))(tree)
+
+
+def test_the_best_of_fewer_than_two_layers_is_an_error():
+    with pytest.raises(ValueError, match=re.escape("of two layers or more, got ()")):
+        best_member(lambda p: 0.0, {"a": layer(1.0)}, ())
+
+
 # what follows
 
 
@@ -333,3 +497,36 @@ def test_a_value_that_is_not_finite_is_an_error(name):
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         tie_layers(tree, [("a", "b")])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        ({}, "None"),
+        ({"kernel": None}, "None"),
+        ({"kernel": 1.0}, "1.0"),
+        ({"kernel": np.ones(3, np.float32)}, "float32[3]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_an_error(wrong, got):
+    tree = {"a": {"kernel": jnp.ones((2, 3))}, "b": {"kernel": jnp.ones((2, 3))}}
+    text = (
+        "tie_layers needs weights shaped like params, but for leaf 'b/kernel' "
+        f"float32[2, 3] there is {got}. Pass a tree of arrays."
+    )
+    with pytest.raises(ValueError, match=re.escape(text)):
+        tie_layers(tree, [("a", "b")], weights={"a": tree["a"], "b": wrong})
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_weights_that_are_negative_or_not_finite_are_an_error(value):
+    tree = {"a": layer(-1.0), "b": layer(-1.0)}
+    weights = jax.tree.map(jnp.abs, tree)
+    weights["b"]["kernel"] = weights["b"]["kernel"].at[1, 2].set(value)
+    text = (
+        "tie_layers needs finite weights of at least 0, but those of leaf 'b/kernel' "
+        f"float32[2, 3] hold {value} at index (1, 2). Pass importances, e.g. mean "
+        "squared gradients."
+    )
+    with pytest.raises(ValueError, match=re.escape(text)):
+        tie_layers(tree, [("a", "b")], weights=weights)
