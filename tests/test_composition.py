@@ -17,6 +17,7 @@ import jaxcomp as jc
 
 CLUSTERS = 5
 BITS = 4
+RANK = 2
 LAYERS = ("a", "b")
 
 
@@ -57,6 +58,10 @@ def share(tree, folder, where=jc.is_matrix):
 
 def quantize(tree, folder, where=jc.is_matrix):
     return jc.quantize_tree(tree, jc.quantize_affine, bits=BITS, where=where)
+
+
+def factor(tree, folder, where=jc.is_matrix):
+    return jc.map_where(lambda w: jc.factorize(w, RANK), tree, where)
 
 
 def tie(tree, folder):
@@ -133,6 +138,14 @@ def tied(first, final):
     assert not isinstance(final["a"]["kernel"], jc.TiedTensor)
 
 
+def of_low_rank(first, final):
+    for name in LAYERS:
+        node = held(final, name)
+        assert isinstance(node, jc.LowRankTensor)
+        assert node.left.shape[1] == RANK
+        assert np.linalg.matrix_rank(kernels(final)[name], tol=1e-5) <= RANK
+
+
 def anything(first, final):
     """What training found is free to change."""
 
@@ -141,6 +154,7 @@ PROMISES = {
     prune: zeros_stay,
     share: few_values,
     quantize: on_the_grid,
+    factor: of_low_rank,
     tie: tied,
     train: anything,
     save: anything,
@@ -165,40 +179,54 @@ def raw(tree):
 
 
 TIE_FIRST = "error: Tie first, then compress"
+NO_ZEROS = "error: exact zeros"
 CELLS = {
     (prune, prune): "holds",
     (prune, share): "holds",
     (prune, quantize): "holds",
+    (prune, factor): NO_ZEROS,
     (prune, tie): "holds where all members are zero",
     (prune, train): "holds",
     (prune, save): "holds",
     (share, prune): "encodes again in place",
     (share, share): "left alone",
     (share, quantize): "left alone",
+    (share, factor): "left alone",
     (share, tie): TIE_FIRST,
     (share, train): "holds",
     (share, save): "holds",
     (quantize, prune): "encodes again in place",
     (quantize, share): "left alone",
     (quantize, quantize): "left alone",
+    (quantize, factor): "left alone",
     (quantize, tie): TIE_FIRST,
     (quantize, train): "holds",
     (quantize, save): "holds",
+    (factor, prune): NO_ZEROS,
+    (factor, share): "left alone",
+    (factor, quantize): "left alone",
+    (factor, factor): "left alone",
+    (factor, tie): TIE_FIRST,
+    (factor, train): "holds",
+    (factor, save): "holds",
     (tie, prune): "holds",
     (tie, share): "holds",
     (tie, quantize): "holds",
+    (tie, factor): "holds",
     (tie, tie): TIE_FIRST,
     (tie, train): "holds",
     (tie, save): "holds",
     (train, prune): "holds",
     (train, share): "holds",
     (train, quantize): "holds",
+    (train, factor): "holds",
     (train, tie): "holds",
     (train, train): "holds",
     (train, save): "holds",
     (save, prune): "as if it had not been stored",
     (save, share): "as if it had not been stored",
     (save, quantize): "as if it had not been stored",
+    (save, factor): "as if it had not been stored",
     (save, tie): "as if it had not been stored",
     (save, train): "as if it had not been stored",
     (save, save): "as if it had not been stored",
@@ -241,7 +269,7 @@ def test_what_survives(tmp_path, first, second, outcome):
         assert raw(final) == raw(tree)
     if second is train:
         assert_only_floats_moved(tree, final)
-    if second in (prune, share, quantize):
+    if second in (prune, share, quantize, factor):
         for name in LAYERS:  # what is not selected is the same object
             assert final[name]["bias"] is tree[name]["bias"]
 
