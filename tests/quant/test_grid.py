@@ -572,11 +572,20 @@ def test_quantize_tree_names_the_leaf_of_a_bad_setting():
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
+@pytest.mark.parametrize("bits", [-1, 0, 9, 16])
 def test_bits_out_of_range_are_an_error(grid, bits):
-    text = rf"{grid.__name__} needs 2 <= bits <= 8, got {bits}\."
+    text = rf"{grid.__name__} needs [12] <= bits <= 8, got {bits}\."
     with pytest.raises(ValueError, match=text):
         grid(jnp.ones((2, 3)), bits)
+
+
+def test_one_bit_is_two_levels_of_the_affine_grid_and_an_error_of_the_symmetric():
+    x = jnp.array([0.0, 0.4, 3.0, 1.6])
+    np.testing.assert_array_equal(
+        quantize_affine(x, 1, axis=None).dense(), [0.0, 0.0, 3.0, 3.0]
+    )
+    with pytest.raises(ValueError, match="got 1, which leaves no level but 0. Call qu"):
+        quantize(x, 1)
 
 
 @pytest.mark.parametrize("bits", [4.0, True, None, "4"])
