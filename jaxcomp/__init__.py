@@ -41,8 +41,10 @@ from jaxcomp.quant import QTensor as QTensor
 from jaxcomp.quant import quantize as quantize
 from jaxcomp.quant import quantize_affine as quantize_affine
 from jaxcomp.quant import quantize_binary as quantize_binary
+from jaxcomp.quant import quantize_interval as quantize_interval
 from jaxcomp.quant import quantize_searched as quantize_searched
 from jaxcomp.quant import quantize_step as quantize_step
+from jaxcomp.quant import quantize_stochastically as quantize_stochastically
 from jaxcomp.quant import quantize_ternary as quantize_ternary
 from jaxcomp.quant import quantize_to_rate as quantize_to_rate
 from jaxcomp.quant import quantize_tree as quantize_tree
@@ -53,10 +55,16 @@ from jaxcomp.recipe import plan_tree as plan_tree
 from jaxcomp.recipe import read_recipe as read_recipe
 from jaxcomp.report import Report as Report
 from jaxcomp.report import report as report
+from jaxcomp.share import BorrowedTensor as BorrowedTensor
+from jaxcomp.share import RowSharedTensor as RowSharedTensor
 from jaxcomp.share import SharedTensor as SharedTensor
+from jaxcomp.share import VectorTensor as VectorTensor
 from jaxcomp.share import palettize as palettize
+from jaxcomp.share import palettize_rows as palettize_rows
 from jaxcomp.share import palettize_to_rate as palettize_to_rate
+from jaxcomp.share import palettize_vectors as palettize_vectors
 from jaxcomp.share import share_to_rate as share_to_rate
+from jaxcomp.share import share_together as share_together
 from jaxcomp.share import share_tree as share_tree
 from jaxcomp.share import tie_layers as tie_layers
 from jaxcomp.storage import FileFault as FileFault
@@ -104,6 +112,7 @@ from jaxcomp.train import round_to_step_stochastically as round_to_step_stochast
 from jaxcomp.train import shrink_coupled as shrink_coupled
 from jaxcomp.train import shrink_groups as shrink_groups
 from jaxcomp.train import shrink_l1 as shrink_l1
+from jaxcomp.train import soft_share as soft_share
 from jaxcomp.tree import Where as Where
 from jaxcomp.tree import is_matrix as is_matrix
 from jaxcomp.tree import is_trained as is_trained

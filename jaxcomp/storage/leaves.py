@@ -21,7 +21,12 @@ from jaxcomp.entropy import encode_symbols, encode_varint
 from jaxcomp.lowrank import BasisTensor, LowRankTensor
 from jaxcomp.node import CompressedArray, TiedTensor, is_compressed
 from jaxcomp.quant import QTensor
-from jaxcomp.share import SharedTensor
+from jaxcomp.share import (
+    BorrowedTensor,
+    RowSharedTensor,
+    SharedTensor,
+    VectorTensor,
+)
 from jaxcomp.storage.draft import VERSION
 from jaxcomp.storage.fields import Fields, is_number, plan_fields
 from jaxcomp.storage.planes import Lanes, encode_array, without_padding
@@ -32,6 +37,9 @@ from jaxcomp.storage.planes import Lanes, encode_array, without_padding
 KINDS: dict[str, tuple[type[CompressedArray], dict[str, int | str]]] = {
     "QTensor": (QTensor, {"codes": "bits", "zero": "bits"}),
     "SharedTensor": (SharedTensor, {"codes": "bits"}),
+    "BorrowedTensor": (BorrowedTensor, {"codes": "bits"}),
+    "RowSharedTensor": (RowSharedTensor, {"codes": "bits"}),
+    "VectorTensor": (VectorTensor, {"codes": "bits"}),
     "LowRankTensor": (LowRankTensor, {}),
     "BasisTensor": (BasisTensor, {}),
     "TiedTensor": (TiedTensor, {}),

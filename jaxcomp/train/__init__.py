@@ -38,6 +38,7 @@ from jaxcomp.train.saliency import prune_by_saliency as prune_by_saliency
 from jaxcomp.train.saliency import prune_by_soft_movement as prune_by_soft_movement
 from jaxcomp.train.sharing import codebook_pull as codebook_pull
 from jaxcomp.train.sharing import fake_share as fake_share
+from jaxcomp.train.sharing import soft_share as soft_share
 from jaxcomp.train.shrinkage import ShrinkState as ShrinkState
 from jaxcomp.train.shrinkage import group_penalty as group_penalty
 from jaxcomp.train.shrinkage import is_norm_scale as is_norm_scale

@@ -1,13 +1,19 @@
 """Weight sharing while training: the loss sees few values, the weights stay free.
 
 Pure functions on one array, for use inside a loss. ``palettize(x, k).codebook`` is a
-codebook to begin with; it trains like any other array.
+codebook to begin with; it trains like any other array, or follows the weights.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
+
+
+_BLOCK = 2**20  # distances held at once
+_COLDEST = 1e-12  # of the largest magnitude
 
 
 def fake_share(x: jax.Array, codebook: jax.Array) -> jax.Array:
@@ -69,6 +75,105 @@ def codebook_pull(x: jax.Array, codebook: jax.Array) -> jax.Array:
     away = jnp.where(live, x.astype(codebook.dtype) - _nearest(x, codebook), 0)
     count = jnp.maximum(jnp.sum(live, dtype=jnp.int32), 1)
     return jnp.sum(away**2) / count.astype(away.dtype)
+
+
+def soft_share(
+    x: jax.Array, centroids: jax.Array, temperature: float, *, steps: int = 5
+) -> tuple[jax.Array, jax.Array]:
+    """Each weight as a mixture of shared values, the near ones most, by soft k-means.
+
+    Cho et al., "DKM: Differentiable K-Means Clustering Layer for Neural Network
+    Compression", ICLR 2022, arXiv:2108.12659, section 3.2. A weight attends to the
+    centroids by ``softmax(-|x - c| / temperature)``; each centroid becomes the mean of
+    the weights by their attention to it, ``steps`` times; the result is the mixture of
+    the centroids by the attention to them. It is differentiable throughout: a weight
+    also moves the centroids.
+
+    Departs from the paper: the number of steps is fixed, where there it ends once the
+    centroids rest, after 5 at most; and the mixture has the attention to the last
+    centroids, not to those before them. coremltools squares the distance.
+
+    Time is ``(steps + 1) * n * k``, for the gradient about four times that. Nothing of
+    that size is held: weights go by in blocks, which the gradient computes again.
+
+    Args:
+      x: float[*shape]; exact zeros stay exactly 0, and have no part in the centroids.
+      centroids: float[k], in any order. Those that the last training step returned, to
+        begin with ``palettize(x, k).codebook``. What they were is soon forgotten, so
+        that with steps they carry little gradient: they are a state, not parameters.
+      temperature: in the unit of ``x``; positive. The colder, the closer to the nearest
+        centroid alone, which is `fake_share` of the new ones. Below 1e-12 of the
+        largest magnitude it is no colder.
+      steps: how often the centroids move, at least 0; 0 leaves them to an optimizer.
+
+    Returns:
+      (shared, centroids). Shared weights are float[*shape] in the dtype of ``x``, and 0
+      where ``x`` has zeros; the new centroids are float[k] in the dtype of the old
+      ones, in their order. A centroid that no weight attends to stays.
+
+    Raises:
+      TypeError: ``x`` or ``centroids`` is not floating point, or ``steps`` no integer.
+      ValueError: ``centroids`` has no entries or is not one row of them, or a number is
+        out of range.
+
+    >>> x = jnp.array([0.0, 0.5, 1.5, 4.0])
+    >>> shared, centroids = soft_share(x, jnp.array([2.0, 3.0]), 0.01)
+    >>> shared, centroids
+    (Array([0., 1., 1., 4.], dtype=float32), Array([1., 4.], dtype=float32))
+    """
+    caller = "soft_share"
+    dtype = _check.floating(caller, centroids).dtype
+    x, start = _checked(caller, x, centroids)
+    _check.integer_within(caller, "steps", steps, 0, 2**31 - 1)
+    cold = _check.number(caller, "temperature", temperature)
+    if cold is not None and not 0 < cold < float("inf"):
+        raise ValueError(
+            f"{caller} needs a positive finite temperature, got {temperature}. Take "
+            "e.g. a tenth of the distance between two centroids."
+        )
+    # Sums of what is near 1 do not overflow; a power of 2 changes no bit.
+    reach = [jnp.max(jnp.abs(a), initial=0).astype(start.dtype) for a in (x, start)]
+    power = jnp.frexp(jax.lax.stop_gradient(jnp.maximum(*reach)))[1]
+    unit = jnp.ldexp(jnp.ones((), start.dtype), jnp.clip(power, -100, 100))
+    heat = jnp.maximum(jnp.asarray(temperature, start.dtype) / unit, _COLDEST)
+    flat = x.reshape(-1).astype(start.dtype) / unit
+    rows = max(1, min(_BLOCK // start.size, flat.size))
+    blocks = jnp.pad(flat, (0, -flat.size % rows)).reshape(-1, rows)  # pads are zeros
+
+    def step(middle: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return _moved(blocks, middle, heat), None
+
+    middle, _ = jax.lax.scan(step, start / unit, None, length=steps)
+    mixed = jax.lax.map(jax.checkpoint(partial(_mixture, middle, heat)), blocks)
+    shared = (mixed.reshape(-1)[: flat.size] * unit).reshape(x.shape).astype(x.dtype)
+    return jnp.where(x == 0, 0, shared).astype(x.dtype), (middle * unit).astype(dtype)
+
+
+def _attention(x: jax.Array, middle: jax.Array, heat: jax.Array) -> jax.Array:
+    """float[n, k]: how much each weight attends to each centroid, 1 in all."""
+    away = jnp.abs(x[:, None] - middle[None])
+    least = jax.lax.stop_gradient(jnp.min(away, axis=1, keepdims=True))
+    return jax.nn.softmax((least - away) / heat, axis=1)
+
+
+def _mixture(middle: jax.Array, heat: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.sum(_attention(x, middle, heat) * middle[None], axis=1)
+
+
+def _moved(blocks: jax.Array, middle: jax.Array, heat: jax.Array) -> jax.Array:
+    """The means of the weights that are not 0, by their attention."""
+
+    @jax.checkpoint
+    def add(total: tuple, x: jax.Array) -> tuple[tuple, None]:
+        attention = jnp.where(x[:, None] == 0, 0, _attention(x, middle, heat))
+        # By what they are off, so that weights that are all alike stay it to the bit.
+        off = jnp.sum(attention * (x[:, None] - middle[None]), axis=0)
+        return (total[0] + off, total[1] + jnp.sum(attention, axis=0)), None
+
+    zeros = jnp.zeros_like(middle)
+    (off, mass), _ = jax.lax.scan(add, (zeros, zeros), blocks)
+    seen = mass > float(jnp.finfo(mass.dtype).tiny)
+    return middle + jnp.where(seen, off / jnp.where(seen, mass, 1), 0)
 
 
 def _checked(

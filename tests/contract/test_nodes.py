@@ -34,6 +34,8 @@ def tie(x):
     return jc.tie_layers(layers, [("kernel", "head")], merge=lambda arrays: arrays[0])
 
 
+eight = functools.partial(jc.quantize_affine, bits=8, axis=None, group=3)
+
 # How a tree with the node is made of an array, and the paths of its arrays.
 ROWS = {
     "QTensor symmetric": (
@@ -61,6 +63,23 @@ ROWS = {
         ["kernel/codes", "kernel/codebook"],
     ),
     "TiedTensor": (tie, ["head/n", "kernel/n", "kernel/w"]),
+    "QTensor with coded scales": (
+        lambda x: {"b": x, "kernel": jc.quantize(x, 4, axis=0, group=4, scales=eight)},
+        ["b", "kernel/codes", "kernel/scale/codes", "kernel/scale/scale"]
+        + ["kernel/scale/zero"],
+    ),
+    "VectorTensor": (
+        lambda x: {"kernel": jc.palettize_vectors(jax.random.key(0), x, 4, 2)},
+        ["kernel/codes", "kernel/codebook"],
+    ),
+    "RowSharedTensor with zeros": (
+        lambda x: {"kernel": jc.palettize_rows(jnp.where(x > 1, 0, x), 3, rows=2)},
+        ["kernel/codes", "kernel/codebooks"],
+    ),
+    "BorrowedTensor": (
+        lambda x: jc.share_together({"a": x, "b": 0.5 - x}, 5),
+        ["a/codes", "a/codebook", "b/codes"],
+    ),
     "LowRankTensor": (
         lambda x: {"kernel": jc.factorize(x, 3)},
         ["kernel/left", "kernel/right"],
@@ -72,6 +91,8 @@ ROWS = {
 }
 # A product of factors: it keeps no zeros but whole rows and columns.
 FACTORS = (jc.LowRankTensor, jc.BasisTensor)
+# What keeps no zeros but many together.
+NO_SINGLE_ZEROS = (*FACTORS, jc.VectorTensor)
 
 
 @pytest.fixture(params=ROWS)
@@ -296,7 +317,7 @@ def test_encoding_keeps_kind_settings_and_zeros(tree):
     values = jnp.where(normal(1) > 0, 0, normal(2)).astype(jnp.float32)
     for node in whole_nodes(tree):
         new = values.astype(node.dtype)
-        if isinstance(node, FACTORS):
+        if isinstance(node, NO_SINGLE_ZEROS):
             with pytest.raises(ValueError, match="zero"):
                 node.encode(new)
             new = normal(2)

@@ -75,20 +75,20 @@ def test_a_percentile_out_of_range_is_an_error(q):
 # least_error
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0, 2.4])
-@pytest.mark.parametrize("grid", [quantize, quantize_affine])
-def test_it_is_the_best_of_a_hundred_ratios(grid, power):
+@pytest.mark.parametrize(("grid", "power"), [(quantize, 2.0), (quantize_affine, 2.4)])
+def test_no_other_ratio_has_less_error(grid, power):
     x = TAILED[:8, :4]
-    node = grid(x, 3, axis=None, reach=least_error(power))
-    tried = []
-    for i in range(100):
-        ratio = (100 - i) / 100
+    least = error(grid(x, 3, axis=None, reach=least_error(power)), x, power)
 
-        def one(groups, rounded, ratio=ratio):
-            return jnp.full(groups.shape[:2], ratio, groups.dtype)
+    def at(ratio):
+        return lambda groups, _: jnp.full(groups.shape[:2], ratio, groups.dtype)
 
-        tried.append(error(grid(x, 3, axis=None, reach=one), x, power))
-    np.testing.assert_allclose(error(node, x, power), min(tried), rtol=1e-5)
+    tried = [
+        error(grid(x, 3, axis=None, reach=at(ratio)), x, power)
+        for ratio in (1.0, 0.5, 0.07, 0.04, 0.03)
+    ]
+    assert least <= min(tried) * 1.00001
+    assert least < tried[0]
 
 
 def test_searched_scales_are_at_least_as_good_as_the_ratios():
