@@ -31,9 +31,13 @@ from jaxcomp.program import fake_quantized as fake_quantized
 from jaxcomp.program import observe as observe
 from jaxcomp.program import sensitivity as sensitivity
 from jaxcomp.program import shrink as shrink
+from jaxcomp.prune import BitmaskTensor as BitmaskTensor
+from jaxcomp.prune import NMTensor as NMTensor
 from jaxcomp.prune import apply_masks as apply_masks
 from jaxcomp.prune import clip_tree as clip_tree
 from jaxcomp.prune import magnitude as magnitude
+from jaxcomp.prune import pack_nm as pack_nm
+from jaxcomp.prune import pack_nonzero as pack_nonzero
 from jaxcomp.prune import prune_tree as prune_tree
 from jaxcomp.prune import random_scores as random_scores
 from jaxcomp.prune import top_mask as top_mask

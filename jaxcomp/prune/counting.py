@@ -1,7 +1,7 @@
-"""The entry of a rank, found by counting: one compare and one sum for each bit.
+"""The lowest entries of leaves that are spread over devices, by counts alone.
 
-Every pass looks at all leaves where and as they are, so that what is spread over
-devices stays there: only counts travel. It compiles to little, too.
+Every pass compares each leaf with a threshold where it lies and adds up what is not
+above: of what is on the devices, only sums travel. No leaf is moved or reshaped.
 """
 
 import math
@@ -12,60 +12,74 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-def places_of(shape: tuple[int, ...], first: int) -> jax.Array:
-    """uint32[*shape]: positions in C order, from ``first`` on."""
-    place = jnp.full(shape, first, jnp.uint32)
-    for axis in range(len(shape)):
-        stride = np.uint32(math.prod(shape[axis + 1 :]))
-        place += stride * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return place
+from jaxcomp.prune.radix import ordered
 
 
-def ranked_by_counting(
-    keys: Sequence[jax.Array], first: np.ndarray, ranks: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Each owner's ``rank``-th lowest entry; of equal keys the last is the lowest.
+@jax.jit
+def counted_masks(scores: Sequence[jax.Array], zeros: jax.Array) -> list[jax.Array]:
+    """`top.top_masks` by a search, bit by bit, for the last entry that goes.
+
+    Of equal entries that nearer to the end of the leaves is the lower, so that no two
+    are alike. 32 passes find the score, and where a tie is cut one more for each bit of
+    the number of entries finds the place. XLA is slow to add up on a CPU: on one of
+    them this takes four to ten times as long as `radix_masks`.
 
     Args:
-      keys: uint32[*shape] of each leaf.
-      first: the place of the first entry of each leaf.
-      ranks: int32[owners], one for all leaves together, or one for each.
+      scores: float[*shape] each, not all without entries, compared in float32.
+      zeros: int32[], entries to remove of all leaves together; or int32[leaves].
 
     Returns:
-      (key, place): uint32[owners]. The lowest are those of a lower key, and those of
-      this key from this place on.
+      bool[*shape] each; False is removed.
     """
+    sizes = np.array([score.size for score in scores], int)
+    ahead = np.cumsum(sizes[::-1])[::-1]  # entries from the first of a leaf on
+    key_bits, place_bits = 32, int(ahead[0]).bit_length()
+    bits = key_bits + place_bits
+    # What a bit takes from the key and from the distance to the end: one is 0.
+    steps = np.zeros((2, bits), np.uint32)
+    steps[0, :key_bits] = 2 ** np.arange(key_bits)[::-1]
+    steps[1, key_bits:] = 2 ** np.arange(place_bits)[::-1]
 
-    owners = np.arange(len(keys)) * (ranks.size > 1)
-    pairs = zip(keys, first, strict=True)
-    # Of equal keys the last is the lowest: places are looked at upside down.
-    places = [~places_of(leaf.shape, int(start)) for leaf, start in pairs]
-
-    def counts(by_key: Any, key: jax.Array, low: jax.Array) -> jax.Array:
-        """int32[owners]: entries below ``low`` by key, or by place among one key."""
+    def removed(last: Any) -> list[jax.Array]:
+        """Of each leaf the entries up to the last, (key, distance), that goes."""
+        # Else XLA would find keys and distances before the loop and keep them all.
+        given = scores, jnp.asarray(ahead, jnp.uint32), last
+        leaves, ends, last = jax.lax.optimization_barrier(given)
         found = []
-        for leaf, place, own in zip(keys, places, owners, strict=True):
-            looked = jnp.where(by_key, leaf, place) < low[own]
-            taken = looked & (by_key | (leaf == key[own]))
-            found.append(jnp.sum(taken, dtype=jnp.int32))
-        each = jnp.stack(found)
-        return each if ranks.size > 1 else jnp.sum(each, dtype=jnp.int32)[None]
+        for i, score in enumerate(leaves):
+            key, distance = (x[i] if zeros.ndim else x for x in last)
+            keys, distances = ordered(score), _distances(score.shape, ends[i])
+            found.append((keys < key) | ((keys == key) & (distances <= distance)))
+        return found
 
-    def bit(i: Any, state: Any) -> Any:
-        key, low, less, below = state
-        by_key = i < 32
-        # At the turn from keys to places what was found is the key.
-        turns = i == 32
-        key, less = jnp.where(turns, low, key), jnp.where(turns, below, less)
-        low, below = jnp.where(turns, 0, low), jnp.where(turns, 0, below)
-        trial = low | (jnp.uint32(1 << 31) >> (i % 32).astype(jnp.uint32))
-        found = counts(by_key, key, trial)
-        holds = found < ranks - less  # so the entry of the rank is not below
-        low, below = jnp.where(holds, trial, low), jnp.where(holds, found, below)
-        return key, low, less, below
+    def halve(state: Any) -> Any:
+        i, last, count = state
+        key_step, place_step = jnp.asarray(steps)[:, i]
+        lower = last[0] - key_step, last[1] - place_step
+        each = jnp.stack([jnp.sum(gone, dtype=jnp.int32) for gone in removed(lower)])
+        fewer = each if zeros.ndim else jnp.sum(each)
+        return i + 1, *jax.tree.map(
+            lambda yes, no: jnp.where(fewer >= zeros, yes, no),
+            (lower, fewer),
+            (last, count),
+        )
 
-    zero = jnp.zeros(ranks.shape, jnp.uint32)
-    none = jnp.zeros(ranks.shape, jnp.int32)
-    key, low, _, _ = jax.lax.fori_loop(0, 64, bit, (zero, zero, none, none))
-    return key, ~low
+    def unfinished(state: Any) -> jax.Array:
+        i, _, count = state
+        return (i < bits) & jnp.any(count != zeros)
+
+    # From the highest of all: the bits whose turn has not come yet are set.
+    highest = [jnp.full(zeros.shape, x, jnp.uint32) for x in steps.sum(1, np.uint32)]
+    all_gone = jnp.asarray(sizes if zeros.ndim else ahead[0], jnp.int32)
+    start = jnp.int32(0), tuple(highest), all_gone
+    _, last, _ = jax.lax.while_loop(unfinished, halve, start)
+    return [~gone for gone in removed(last)]
+
+
+def _distances(shape: tuple[int, ...], ahead: jax.Array) -> jax.Array:
+    """uint32[*shape]: how far an entry is from the end, at least 1, in C order."""
+    found = jnp.full(shape, ahead)
+    for axis in range(len(shape)):
+        stride = np.uint32(math.prod(shape[axis + 1 :]))
+        found -= jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    return found

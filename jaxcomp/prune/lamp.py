@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcomp.prune.top import check_sparsity, top_masks, zeros_of
 
@@ -80,9 +81,10 @@ def _histogram(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     # The ratio, and not the square of the size, which may overflow.
     ratio = sizes / jnp.where(largest > 0, largest, 1)
     bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
-    # Not laid out flat: leaves that are spread over devices would be gathered.
     place = jnp.clip((ONE >> DROPPED) - (bits >> DROPPED), 0, BINS)
-    counts = jnp.zeros(BINS + 1, jnp.int32).at[place].add(1)
+    # Where leaves are spread over devices, each adds up its own and then all do.
+    whole = NamedSharding(jax.typeof(place).sharding.mesh, PartitionSpec())
+    counts = jnp.zeros(BINS + 1, jnp.int32).at[place].add(1, out_sharding=whole)
     return counts[:BINS], jnp.sum(scores >= 0, dtype=jnp.int32)
 
 

@@ -5,7 +5,9 @@ and `in_units` take one and give one. `masks` and `prune_gradually` need no argu
 more.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,30 +19,37 @@ from jaxcomp.prune.budgets import Budget
 from jaxcomp.prune.top import check_sparsity, zeros_of
 
 
-def nm_mask(scores: jax.Array, n: int, m: int, *, along: int = -2) -> jax.Array:
-    """Keeps the ``n`` best of every ``m`` consecutive entries along one axis.
+Along = int | tuple[int, ...]
 
-    Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378.
+
+def nm_mask(scores: jax.Array, n: int, m: int, *, along: Along = -2) -> jax.Array:
+    """Keeps the ``n`` best of every ``m`` consecutive entries along one axis, or more.
+
+    Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378. Where
+    ``m`` does not divide the length, the last group is shorter and keeps its ``n`` best
+    too, or all if it has no more: what hardware sees once it has padded with zeros.
 
     Args:
       scores: float[..., d, ...]; higher is more worth keeping.
       n: entries kept per group, ``0 < n <= m``.
-      m: group length; divides ``d``. Hardware wants ``n=2, m=4``.
+      m: group length. Hardware wants ``n=2, m=4``.
       along: the axis to group. Of a Flax kernel, (in, out) or (h, w, in, out), -2 is
-        the contraction.
+        the contraction. Several axes run together as one, in C order, whatever the
+        order in which they are named: (-4, -3, -2) are the patches of a convolution,
+        (0, 1) what an einsum with a kernel (heads, d, model) contracts.
 
     Returns:
-      bool, shape of ``scores``; exactly ``n`` of each group are True. On a tie the
-      lower index is kept.
+      bool, shape of ``scores``; exactly ``min(n, length)`` of each group are True. On a
+      tie the lower index is kept.
 
     Raises:
-      ValueError: ``n``, ``m``, ``along`` and the shape do not fit together.
+      ValueError: not ``0 < n <= m``, or ``scores`` does not have the axes.
 
-    >>> nm_mask(jnp.array([[3.0, 1.0, 2.0, 2.0]]), 2, 4, along=-1)
-    Array([[ True, False,  True, False]], dtype=bool)
+    >>> nm_mask(jnp.array([[3.0, 1.0, 2.0, 2.0, 0.0]]), 2, 4, along=-1)
+    Array([[ True, False,  True, False,  True]], dtype=bool)
     """
     _check_nm("nm_mask", n, m)
-    return _group_mask(scores, n, m, along)
+    return _group_mask(jnp.asarray(scores), n, m, along)
 
 
 def _check_nm(caller: str, n: int, m: int) -> None:
@@ -48,28 +57,33 @@ def _check_nm(caller: str, n: int, m: int) -> None:
     _check.integer_within(caller, "n", n, 1, m)
 
 
-def _group_mask(scores: jax.Array, kept: Any, m: int, along: int) -> jax.Array:
+@partial(jax.jit, static_argnames=("m", "along"))
+def _group_mask(scores: jax.Array, kept: Any, m: int, along: Along) -> jax.Array:
     """`nm_mask` for a count that may be traced."""
-    scores = jnp.asarray(scores)
-    axis = _axis_of("nm_mask", scores, along)
-    if scores.shape[axis] % m:
-        raise ValueError(
-            f"nm_mask cannot split axis {along} of shape {list(scores.shape)} into "
-            f"groups of m={m}. Pass another `along`, or leave this leaf out with "
-            "`where`."
-        )
-    before, after = scores.shape[:axis], scores.shape[axis + 1 :]
-    groups = scores.reshape(*before, scores.shape[axis] // m, m, *after)
+    axes = _axes_of("nm_mask", scores, along)
+    axis, end = axes[0], axes[0] + len(axes)
+    moved = jnp.moveaxis(scores, axes, range(axis, end))  # beside each other
+    before, after = moved.shape[:axis], moved.shape[end:]
+    length = math.prod(moved.shape[axis:end])
+    lanes = moved.reshape(*before, length, *after)
+    # What is padded is the worst, and behind all entries: it takes no place of theirs.
+    edges = [(0, 0)] * lanes.ndim
+    edges[axis] = (0, -length % m)
+    lanes = jnp.pad(lanes, edges, constant_values=-jnp.inf)
+    groups = lanes.reshape(*before, lanes.shape[axis] // m, m, *after)
     rivals = jnp.expand_dims(groups, axis + 1)  # [..., 1, rival, ...]
     own = jnp.expand_dims(groups, axis + 2)  # [..., own, 1, ...]
     tail = (1,) * len(after)
     earlier = np.tri(m, k=-1, dtype=bool).reshape((1,) * (axis + 1) + (m, m) + tail)
     beats = (rivals > own) | ((rivals == own) & earlier)
     rank = jnp.sum(beats, axis=axis + 2, dtype=jnp.int32)  # 0 is the best
-    return (rank < kept).reshape(scores.shape)
+    mask = (rank < kept).reshape(lanes.shape)
+    mask = jax.lax.slice_in_dim(mask, 0, length, axis=axis).reshape(moved.shape)
+    return jnp.moveaxis(mask, range(axis, end), axes)
 
 
-def _axis_of(caller: str, x: jax.Array, axis: int) -> int:
+def axis_of(caller: str, x: jax.Array, axis: int) -> int:
+    """An axis, not negative, once it is known that ``x`` has it."""
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(
             f"{caller} needs an array that has axis {axis}, got {_check.describe(x)}. "
@@ -78,7 +92,19 @@ def _axis_of(caller: str, x: jax.Array, axis: int) -> int:
     return axis % x.ndim
 
 
-def nm_budget(n: int, m: int, *, along: int = -2) -> Budget:
+def _axes_of(caller: str, x: jax.Array, along: Along) -> list[int]:
+    """The axes, not negative, sorted."""
+    named = along if isinstance(along, tuple) else (along,)
+    axes = sorted(axis_of(caller, x, axis) for axis in named)
+    if not axes or len(set(axes)) != len(axes):
+        raise ValueError(
+            f"{caller} needs one axis or more, each once, got along={along} for "
+            f"{_check.describe(x)}."
+        )
+    return axes
+
+
+def nm_budget(n: int, m: int, *, along: Along = -2) -> Budget:
     """A budget that keeps ``n`` of every ``m`` consecutive entries of every leaf.
 
     Mishra et al., arXiv:2104.08378. A lower sparsity than ``1 - n / m`` keeps more of
@@ -88,15 +114,16 @@ def nm_budget(n: int, m: int, *, along: int = -2) -> Budget:
 
     Args:
       n: entries kept per group in the end, ``0 < n <= m``.
-      m: group length; divides the length of the axis.
-      along: the axis to group, as in `nm_mask`.
+      m: group length.
+      along: the axis to group, or several, as in `nm_mask`.
 
     Returns:
-      A `Budget`. Every group of every leaf keeps the same count.
+      A `Budget`. Every group of every leaf keeps the same count, but for a shorter last
+      one, which keeps all if it has no more.
 
     Raises:
       ValueError: not ``0 < n <= m``. The budget raises if ``sparsity`` is not in
-        ``[0, 1 - n / m]`` or a mapping, or if a leaf cannot be split into groups.
+        ``[0, 1 - n / m]`` or a mapping, or if a leaf does not have the axes.
 
     >>> nm_budget(1, 2)({"a": jnp.array([[1.0], [2.0], [4.0], [3.0]])}, 0.5)["a"].T
     Array([[False,  True,  True, False]], dtype=bool)
@@ -201,7 +228,7 @@ def in_units(budget: Budget, axis: int = -1) -> Budget:
     """
 
     def pool(score: jax.Array) -> jax.Array:
-        kept = _axis_of("in_units", score, axis)
+        kept = axis_of("in_units", score, axis)
         others = tuple(a for a in range(score.ndim) if a != kept)
         return jnp.mean(score, axis=others, dtype=jnp.float32)
 

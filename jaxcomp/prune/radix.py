@@ -1,9 +1,10 @@
-"""The entry of a rank, found by histograms over the digits of the scores.
+"""The lowest entries of leaves that lie on one device, by histograms.
 
-The way for one device, whose cache holds a chunk of the leaves at a time.
+A histogram over some bits of the scores says in which bin the wanted one is; the next
+one looks into that bin. The leaves are read in chunks that stay in the cache of a CPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ def ordered(scores: jax.Array) -> jax.Array:
     return jnp.where(raw & sign != 0, ~raw, raw | sign)
 
 
-class Chunks(NamedTuple):
+class _Chunks(NamedTuple):
     """Several leaves in chunks of as many rows each, a row being `ROW` entries."""
 
     read: Callable[[Any], jax.Array]  # chunk -> float32[rows, ROW]
@@ -35,7 +36,7 @@ class Chunks(NamedTuple):
     end: jax.Array  # uint32[chunks, rows], the place where its leaf ends
 
 
-def chunks_of(scores: list[jax.Array], owners: np.ndarray, first: np.ndarray) -> Chunks:
+def _chunks(scores: list[jax.Array], owners: np.ndarray, first: np.ndarray) -> _Chunks:
     """Reads whole chunks of a leaf where they are; what is left is laid end to end.
 
     What is made of a chunk stays in the cache of a CPU: a histogram of 10 M entries at
@@ -82,7 +83,7 @@ def chunks_of(scores: list[jax.Array], owners: np.ndarray, first: np.ndarray) ->
     def table(values: np.ndarray, dtype: Any) -> jax.Array:
         return jnp.asarray(np.pad(values, (0, spare)).reshape(-1, rows), dtype)
 
-    return Chunks(
+    return _Chunks(
         read,
         table(owners[index], jnp.int32),
         table(begin, jnp.uint32),
@@ -106,7 +107,7 @@ def _reach_in_blocks(counts: jax.Array, target: jax.Array) -> tuple[Any, Any, An
     return block * BLOCK + index, before + within, blocks[block, index]
 
 
-def ranked_by_digits(chunks: Chunks, ranks: jax.Array) -> tuple[Any, Any]:
+def _ranked(chunks: _Chunks, ranks: jax.Array) -> tuple[Any, Any]:
     """Each owner's ``rank``-th lowest entry: its key, and its place.
 
     Of those with the same key the last is the lowest. If all of them are among the
@@ -158,3 +159,32 @@ def ranked_by_digits(chunks: Chunks, ranks: jax.Array) -> tuple[Any, Any]:
     start = jnp.zeros([], jnp.int32), zero, zero, none, none
     _, key, place, _, _ = jax.lax.while_loop(unfinished, search, start)
     return key, place
+
+
+@jax.jit
+def radix_masks(scores: Sequence[jax.Array], zeros: jax.Array) -> list[jax.Array]:
+    """`top.top_masks` in one loop over chunks of the leaves, laid end to end.
+
+    The loop is compiled once and not for every leaf. Leaves that are spread over
+    devices would be gathered: see `counting.counted_masks`.
+
+    Args:
+      scores: float[*shape] each, with entries, compared in float32.
+      zeros: int32[], entries to remove of all leaves together; or int32[leaves].
+
+    Returns:
+      bool[*shape] each; False is removed.
+    """
+    sizes = np.array([s.size for s in scores], int)
+    first = np.cumsum(sizes) - sizes
+    owners = np.arange(sizes.size) * zeros.ndim  # all are 0 if they share one count
+    chunks = _chunks(list(scores), owners, first)
+    threshold, gone = _ranked(chunks, zeros.reshape(-1))
+
+    def keep(score: jax.Array, own: Any, begin: Any) -> jax.Array:
+        key = ordered(score).reshape(-1)
+        place = np.uint32(begin) + jnp.arange(key.size, dtype=jnp.uint32)
+        early = (key == threshold[own]) & (place < gone[own])
+        return ((key > threshold[own]) | early).reshape(score.shape)
+
+    return list(map(keep, scores, owners, first))

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcomp import _check
+
 
 Score = Callable[[Any], Any]
 
@@ -53,3 +55,48 @@ def random_scores(key: jax.Array) -> Score:
         )
 
     return score
+
+
+def deviations(params: Any) -> Any:
+    """The absolute value of every weight, in standard deviations of its leaf.
+
+    Han et al., "Learning both Weights and Connections", arXiv:1506.02626: a layer keeps
+    what is larger than a quality parameter times the standard deviation of its weights.
+    That is `masks_above` with this score; under `global_budget` one parameter for all
+    leaves is found that meets a sparsity exactly.
+
+    Args:
+      params: tree of float[*shape]. The deviation is that of all entries of a leaf
+        about their mean, zeros too.
+
+    Returns:
+      tree of float32[*shape], of float64 for float64. In a leaf whose entries are all
+      equal the deviation is 0: they score infinity, or 0 if they are 0.
+
+    >>> deviations(jnp.array([1.0, -1.0, 3.0, -3.0, 0.0]))
+    Array([0.5, 0.5, 1.5, 1.5, 0. ], dtype=float32)
+    """
+    return jax.tree.map(_deviations, params)
+
+
+@jax.jit
+def _deviations(w: jax.Array) -> jax.Array:
+    x = w.astype(_check.wide(w.dtype))
+    x *= unit_near(jnp.max(jnp.abs(x), initial=0))
+    # From the first entry, so that equal ones differ by nothing; and as fractions of
+    # the largest difference, whose square may overflow.
+    apart = x - x.reshape(-1)[:1].sum()
+    reach = jnp.max(jnp.abs(apart), initial=0)
+    part = apart / jnp.where(reach > 0, reach, 1)
+    count = max(w.size, 1)
+    mean = jnp.sum(part) / count
+    variance = jnp.sum((part - mean) ** 2) / count
+    deviation = reach * jnp.sqrt(variance)
+    size = jnp.abs(x)
+    equal = jnp.where(size > 0, jnp.inf, 0)
+    return jnp.where(reach > 0, size / jnp.where(reach > 0, deviation, 1), equal)
+
+
+def unit_near(size: jax.Array) -> jax.Array:
+    """A power of 2 that brings values of this size away from both ends of float32."""
+    return jnp.where(size > 1, 2.0**-24, 2.0**24).astype(size.dtype)

@@ -20,6 +20,7 @@ from jaxcomp import bits as packing
 from jaxcomp.entropy import encode_symbols, encode_varint
 from jaxcomp.lowrank import BasisTensor, LowRankTensor
 from jaxcomp.node import CompressedArray, TiedTensor, is_compressed
+from jaxcomp.prune import BitmaskTensor, NMTensor
 from jaxcomp.quant import QTensor
 from jaxcomp.share import (
     BorrowedTensor,
@@ -40,6 +41,8 @@ KINDS: dict[str, tuple[type[CompressedArray], dict[str, int | str]]] = {
     "BorrowedTensor": (BorrowedTensor, {"codes": "bits"}),
     "RowSharedTensor": (RowSharedTensor, {"codes": "bits"}),
     "VectorTensor": (VectorTensor, {"codes": "bits"}),
+    "BitmaskTensor": (BitmaskTensor, {"mask": 1}),
+    "NMTensor": (NMTensor, {"codes": "bits"}),
     "LowRankTensor": (LowRankTensor, {}),
     "BasisTensor": (BasisTensor, {}),
     "TiedTensor": (TiedTensor, {}),

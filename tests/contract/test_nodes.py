@@ -34,6 +34,8 @@ def tie(x):
     return jc.tie_layers(layers, [("kernel", "head")], merge=lambda arrays: arrays[0])
 
 
+two_of_four = functools.partial(jc.prune.nm_mask, n=2, m=4, along=1)
+sparse = functools.partial(jc.pack_nm, n=2, m=4, along=1)
 eight = functools.partial(jc.quantize_affine, bits=8, axis=None, group=3)
 
 # How a tree with the node is made of an array, and the paths of its arrays.
@@ -67,6 +69,16 @@ ROWS = {
         lambda x: {"b": x, "kernel": jc.quantize(x, 4, axis=0, group=4, scales=eight)},
         ["b", "kernel/codes", "kernel/scale/codes", "kernel/scale/scale"]
         + ["kernel/scale/zero"],
+    ),
+    "BitmaskTensor": (
+        lambda x: {"kernel": jc.pack_nonzero(jnp.where(jc.top_mask(x, 0.5), x, 0))},
+        ["kernel/mask", "kernel/values"],
+    ),
+    "NMTensor": (
+        lambda x: {
+            "kernel": jc.pack_nm(jnp.where(two_of_four(x), x, 0), 2, 4, along=1)
+        },
+        ["kernel/values", "kernel/codes"],
     ),
     "VectorTensor": (
         lambda x: {"kernel": jc.palettize_vectors(jax.random.key(0), x, 4, 2)},

@@ -33,11 +33,16 @@ jitted = jax.jit(nm_mask, static_argnums=(1, 2), static_argnames="along")
 
 def nm_reference(scores, n, m, along):
     """The kept of each group by a stable sort: the highest, and the first of equals."""
-    lanes = np.moveaxis(np.asarray(scores), along, -1)
-    order = np.argsort(-lanes.reshape(-1, m), axis=-1, kind="stable")
-    kept = np.zeros(order.shape, bool)
-    np.put_along_axis(kept, order[:, :n], True, axis=-1)
-    return np.moveaxis(kept.reshape(lanes.shape), -1, along)
+    axes = sorted(axis % scores.ndim for axis in np.atleast_1d(along))
+    last = range(scores.ndim - len(axes), scores.ndim)
+    lanes = np.moveaxis(np.asarray(scores), axes, last)
+    flat = lanes.reshape(-1, int(np.prod([scores.shape[axis] for axis in axes])))
+    kept = np.zeros(flat.shape, bool)
+    for row, start in np.ndindex(len(flat), -(-flat.shape[1] // m)):
+        group = slice(start * m, (start + 1) * m)
+        best = np.argsort(-flat[row, group], kind="stable")[:n]
+        kept[row, group][best] = True
+    return np.moveaxis(kept.reshape(lanes.shape), last, axes)
 
 
 # nm_mask
@@ -57,10 +62,28 @@ def test_masks_are_those_of_a_stable_sort(scores, pattern):
     assert np.all(expected.reshape(-1, pattern[1], 3).sum(1) == pattern[0])
 
 
-@pytest.mark.parametrize(("m", "along"), [(4, -2), (4, 2), (2, 0), (5, -1), (3, 1)])
-def test_any_axis_is_grouped(m, along):
-    mask = nm_mask(jnp.asarray(CONVOLUTION), 1, m, along=along)
-    np.testing.assert_array_equal(mask, nm_reference(CONVOLUTION, 1, m, along))
+@pytest.mark.parametrize(
+    ("m", "along"), [(4, -2), (2, 0), (5, -1), (3, -2), (16, 3), (4, (2, 0, 1))]
+)
+def test_any_axes_are_grouped_and_the_last_group_may_be_shorter(m, along):
+    mask = nm_mask(jnp.asarray(CONVOLUTION), 2, m, along=along)
+    np.testing.assert_array_equal(mask, nm_reference(CONVOLUTION, 2, m, along))
+
+
+def test_axes_that_lie_apart_run_together_in_c_order():
+    mask = jitted(jnp.asarray(CONVOLUTION), 1, 5, along=(-1, 0))  # 10 of (2, 5)
+    np.testing.assert_array_equal(mask, nm_reference(CONVOLUTION, 1, 5, (0, 3)))
+    wide = jnp.asarray(CONVOLUTION).transpose(1, 2, 0, 3).reshape(3, 8, 10)
+    together = nm_mask(wide, 1, 5, along=-1).reshape(3, 8, 2, 5).transpose(2, 0, 1, 3)
+    np.testing.assert_array_equal(mask, together)
+
+
+def test_a_shorter_last_group_is_padded_with_what_is_never_kept():
+    column = jnp.array([9.0, 9.0, 9.0, 9.0, -jnp.inf, -jnp.inf, -jnp.inf])[:, None]
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        mask = nm_mask(column.astype(dtype), 2, 4)[:, 0]
+        assert mask.tolist() == [True, True, False, False, True, True, False]
+    assert nm_mask(column[:5], 2, 4)[:, 0].tolist() == [True, True, False, False, True]
 
 
 def test_no_entries_have_no_groups():
@@ -81,13 +104,14 @@ def test_n_and_m_must_fit_together(n, m):
             make(n, m)
 
 
-def test_a_length_that_m_does_not_divide_is_an_error():
+@pytest.mark.parametrize("along", [(), (0, -2)])
+def test_axes_must_be_named_once(along):
     text = (
-        "nm_mask cannot split axis -2 of shape [6, 3] into groups of m=4. Pass another "
-        "`along`, or leave this leaf out with `where`."
+        f"nm_mask needs one axis or more, each once, got along={along} for "
+        "float32[6, 3]."
     )
     with pytest.raises(ValueError, match=re.escape(text)):
-        nm_mask(jnp.zeros((6, 3)), 2, 4)
+        nm_mask(jnp.zeros((6, 3)), 2, 4, along=along)
 
 
 # nm_budget
@@ -103,6 +127,19 @@ def test_a_lower_sparsity_keeps_more_of_each_group(sparsity, kept):
     np.testing.assert_array_equal(number, nm_reference(CONVOLUTION, kept, 4, -2))
     traced = jax.jit(budget)({"a": CONVOLUTION}, jnp.float32(sparsity))["a"]
     np.testing.assert_array_equal(traced, number)
+
+
+def test_a_shorter_last_group_keeps_as_many_as_the_others_or_all():
+    budget = nm_budget(1, 4, along=(0, 1))
+    scores = {"a": jnp.arange(7.0).reshape(7, 1, 1)}
+    for sparsity, kept in [
+        (0.0, [4, 3]),
+        (0.25, [3, 3]),
+        (0.5, [2, 2]),
+        (0.75, [1, 1]),
+    ]:
+        mask = budget(scores, sparsity)["a"].reshape(-1)
+        assert [int(mask[:4].sum()), int(mask[4:].sum())] == kept
 
 
 def test_a_sparsity_that_was_rounded_up_is_not_too_high():

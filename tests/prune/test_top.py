@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcomp.prune import top_mask
-from jaxcomp.prune.top import _top_masks, top_masks, zeros_of
+from jaxcomp.prune.counting import counted_masks
+from jaxcomp.prune.radix import radix_masks
+from jaxcomp.prune.top import top_masks, zeros_of
 
 
 SHAPES = [(2, 5), (), (0, 2), (10,)]
@@ -21,18 +23,16 @@ SCORES = st.lists(st.sampled_from(LEVELS), min_size=SIZE, max_size=SIZE)
 COUNTS = st.integers(0, SIZE)
 PERCENT = st.integers(0, 99)
 
+
+def jitted(scores, zeros):
+    """By histograms; few entries would be counted, see below."""
+    scores = [jnp.asarray(score) for score in scores]
+    if not any(score.size for score in scores):
+        return jax.jit(top_masks)(scores, zeros)
+    return radix_masks(scores, jnp.asarray(zeros, jnp.int32))
+
+
 jitted_mask = jax.jit(top_mask)
-
-
-@pytest.fixture(params=[True, False], ids=["counts", "digits"])
-def jitted(request):
-    """`top_masks`, jitted, by either way, however many entries there are."""
-
-    def run(scores, zeros):
-        scores = [jnp.asarray(score) for score in scores]
-        return _top_masks(scores, jnp.asarray(zeros, jnp.int32), request.param)
-
-    return run
 
 
 def cut(flat):
@@ -109,7 +109,7 @@ def test_the_count_of_a_narrow_jax_number_is_exact(strict, dtype):
 
 
 @given(SCORES, COUNTS)
-def test_masks_are_those_of_a_full_sort(jitted, flat, zeros):
+def test_masks_are_those_of_a_full_sort(flat, zeros):
     masks = jitted(cut(flat), zeros)
     np.testing.assert_array_equal(joined(masks), reference(flat, zeros))
 
@@ -121,7 +121,7 @@ def test_masks_outside_jit_are_those_of_a_full_sort(flat, zeros):
 
 
 @given(flat=SCORES, zeros=COUNTS)
-def test_scores_of_several_narrow_dtypes_are_sorted_together(jitted, flat, zeros):
+def test_scores_of_several_narrow_dtypes_are_sorted_together(flat, zeros):
     dtypes = [ml_dtypes.bfloat16, np.float16, np.float32, np.float16]
     leaves = [s.astype(t) for s, t in zip(cut(flat), dtypes, strict=True)]
     rounded = np.concatenate([np.ravel(s).astype(np.float64) for s in leaves])
@@ -134,9 +134,7 @@ def test_scores_of_several_narrow_dtypes_are_sorted_together(jitted, flat, zeros
     st.lists(st.floats(width=32, allow_nan=False), min_size=SIZE, max_size=SIZE),
     COUNTS,
 )
-def test_any_scores_lose_exactly_the_asked_count_and_none_above_a_kept_one(
-    jitted, flat, zeros
-):
+def test_any_scores_lose_exactly_the_asked_count_and_none_above_a_kept_one(flat, zeros):
     kept = joined(jitted(cut(flat), zeros))
     assert np.sum(~kept) == zeros
     tiny = np.finfo(np.float32).tiny  # the processor may take subnormals for zeros
@@ -152,18 +150,19 @@ def test_any_scores_lose_exactly_the_asked_count_and_none_above_a_kept_one(
     ),
     COUNTS,
 )
-def test_masks_of_subnormal_scores_do_not_depend_on_jit(jitted, flat, zeros):
+def test_masks_of_subnormal_scores_do_not_depend_on_jit(flat, zeros):
     np.testing.assert_array_equal(
         joined(jitted(cut(flat), zeros)), joined(top_masks(cut(flat), zeros))
     )
 
 
-def test_minus_zero_ties_with_zero(jitted):
-    [mask] = jitted([jnp.array([0.0, -0.0] * 5)], 4)
+@pytest.mark.parametrize("run", [top_masks, jitted], ids=["eager", "jit"])
+def test_minus_zero_ties_with_zero(run):
+    [mask] = run([jnp.array([0.0, -0.0] * 5)], 4)
     assert mask.tolist() == [True] * 6 + [False] * 4
 
 
-def test_neighbouring_floats_are_told_apart(jitted):
+def test_neighbouring_floats_are_told_apart():
     rng = np.random.default_rng(0)
     one = np.float32(1).view(np.uint32)
     flat = (one + rng.permutation(SIZE).astype(np.uint32)).view(np.float32)
@@ -173,14 +172,14 @@ def test_neighbouring_floats_are_told_apart(jitted):
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 1023, 1024, 1025, 2047, 2048, 2999, 3000])
-def test_ties_that_fill_several_blocks_go_by_position(jitted, zeros):
+def test_ties_that_fill_several_blocks_go_by_position(zeros):
     a, b = jitted([jnp.zeros(1500), jnp.zeros((3, 500))], zeros)
     kept = np.concatenate([a, b.reshape(-1)])
     np.testing.assert_array_equal(kept, np.arange(3000) < 3000 - zeros)
 
 
 @pytest.mark.parametrize("zeros", [1, 700, 1024, 2000])
-def test_ties_among_other_scores_go_by_position(jitted, zeros):
+def test_ties_among_other_scores_go_by_position(zeros):
     flat = np.random.default_rng(1).integers(0, 3, 3000).astype(np.float32)
     a, b = jitted([jnp.asarray(flat[:1500]), flat[1500:].reshape(3, 500)], zeros)
     kept = np.concatenate([a, b.reshape(-1)])
@@ -188,7 +187,7 @@ def test_ties_among_other_scores_go_by_position(jitted, zeros):
 
 
 @given(SCORES, st.tuples(*[st.integers(0, max(np.prod(s), 0)) for s in SHAPES]))
-def test_a_count_for_each_leaf_gives_the_masks_of_the_leaves_alone(jitted, flat, zeros):
+def test_a_count_for_each_leaf_gives_the_masks_of_the_leaves_alone(flat, zeros):
     leaves = cut(flat)
     masks = jitted(leaves, jnp.array(zeros, jnp.int32))
     for leaf, mask, count in zip(leaves, masks, zeros, strict=True):
@@ -196,7 +195,7 @@ def test_a_count_for_each_leaf_gives_the_masks_of_the_leaves_alone(jitted, flat,
 
 
 @pytest.mark.parametrize("zeros", [(0, 1500), (1023, 1), (1024, 700), (1500, 0)])
-def test_ties_of_leaves_of_several_rows_go_by_position_in_each(jitted, zeros):
+def test_ties_of_leaves_of_several_rows_go_by_position_in_each(zeros):
     a, b = jitted([jnp.zeros(1500), jnp.zeros((3, 500))], jnp.array(zeros, jnp.int32))
     np.testing.assert_array_equal(a, np.arange(1500) < 1500 - zeros[0])
     np.testing.assert_array_equal(b.reshape(-1), np.arange(1500) < 1500 - zeros[1])
@@ -213,7 +212,7 @@ def long_leaves(flat):
 
 
 @pytest.mark.parametrize("levels", [3, 2**7])  # both are exact in bfloat16
-def test_long_leaves_have_the_masks_of_a_full_sort(jitted, levels):
+def test_long_leaves_have_the_masks_of_a_full_sort(levels):
     rng = np.random.default_rng(levels)
     flat = rng.integers(-levels, levels, 842_150).astype(np.float32)
     leaves = long_leaves(flat)
@@ -236,27 +235,60 @@ def test_a_long_leaf_is_searched_without_a_copy_of_it():
 def test_the_search_is_compiled_once_for_all_leaves():
     def equations(leaves):
         scores = [jnp.zeros((2, 3))] * leaves
-        jaxpr = jax.make_jaxpr(lambda s: _top_masks(s, jnp.int32(3), False))(scores)
+        jaxpr = jax.make_jaxpr(lambda s: radix_masks(s, jnp.int32(3)))(scores)
         return str(jaxpr).count(" = ")
 
     assert equations(11) < equations(1) + 10 * 35  # about 300 for a leaf of its own
 
 
-def test_leaves_without_entries_have_masks_without_entries(jitted):
+def test_leaves_without_entries_have_masks_without_entries():
     for masks in (top_masks([jnp.zeros((0, 3))], 0), jitted([jnp.zeros((0, 3))], 0)):
         assert [mask.shape for mask in masks] == [(0, 3)]
     assert top_masks([], 0) == []
 
 
 def test_masks_are_made_without_a_sort():
-    leaves, zeros = cut(np.zeros(SIZE)), jnp.int32(3)
-    found = [
-        str(jax.make_jaxpr(lambda s, way=way: _top_masks(s, zeros, way))(leaves))
-        for way in (True, False)
-    ]
-    primitives = set(re.findall(r"= ([a-z_0-9]+)[\[ ]", "".join(found)))
+    ways = (radix_masks, counted_masks)
+    leaves = cut(np.zeros(SIZE))
+    jaxpr = "".join(str(jax.make_jaxpr(way)(leaves, jnp.int32(3))) for way in ways)
+    primitives = set(re.findall(r"= ([a-z_0-9]+)[\[ ]", jaxpr))
     assert "cumsum" in primitives  # the names are read right
     assert not primitives & {"sort", "top_k", "approx_top_k", "argsort"}
+
+
+# counted_masks, which `top_masks` takes on several devices: see test_sharded.py
+
+
+@given(SCORES, COUNTS)
+def test_masks_by_counts_are_those_of_a_full_sort(flat, zeros):
+    masks = counted_masks(cut(flat), jnp.int32(zeros))
+    np.testing.assert_array_equal(joined(masks), reference(flat, zeros))
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=SIZE, max_size=SIZE),
+    st.tuples(*[st.integers(0, np.prod(s, dtype=int)) for s in SHAPES]),
+)
+def test_masks_by_counts_are_those_by_histograms_bit_for_bit(flat, zeros):
+    leaves = cut(flat)
+    for asked in (jnp.int32(sum(zeros)), jnp.array(zeros, jnp.int32)):
+        np.testing.assert_array_equal(
+            joined(counted_masks(leaves, asked)), joined(radix_masks(leaves, asked))
+        )
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 1023, 1500, 2048, 2999, 3000])
+def test_ties_of_leaves_that_are_counted_go_by_position(zeros):
+    a, b = counted_masks([jnp.zeros(1500), jnp.zeros((3, 500))], jnp.int32(zeros))
+    kept = np.concatenate([a, b.reshape(-1)])
+    np.testing.assert_array_equal(kept, np.arange(3000) < 3000 - zeros)
+
+
+def test_counting_keeps_no_array_of_the_size_of_a_leaf_from_pass_to_pass():
+    leaf = jax.ShapeDtypeStruct((2**11, 2**9), jnp.float32)
+    compiled = counted_masks.lower([leaf], jax.ShapeDtypeStruct((), "int32")).compile()
+    # XLA sums an array of numbers on a CPU, and not as it finds them.
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * 2**22
 
 
 # top_mask
