@@ -64,6 +64,7 @@ from jaxcomp.share import RowSharedTensor as RowSharedTensor
 from jaxcomp.share import SharedTensor as SharedTensor
 from jaxcomp.share import VectorTensor as VectorTensor
 from jaxcomp.share import palettize as palettize
+from jaxcomp.share import palettize_at_price as palettize_at_price
 from jaxcomp.share import palettize_rows as palettize_rows
 from jaxcomp.share import palettize_to_rate as palettize_to_rate
 from jaxcomp.share import palettize_vectors as palettize_vectors

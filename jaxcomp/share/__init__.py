@@ -1,12 +1,20 @@
 """Sharing: one value for many weights, one set of weights for many layers."""
 
+from jaxcomp.share.kmeans import exact_centroids as exact_centroids
+from jaxcomp.share.kmeans import optimal_centroids as optimal_centroids
+from jaxcomp.share.kmeans import zero_centroids as zero_centroids
 from jaxcomp.share.layers import every as every
 from jaxcomp.share.layers import layers_of as layers_of
 from jaxcomp.share.layers import runs as runs
 from jaxcomp.share.layers import similar_layers as similar_layers
+from jaxcomp.share.lloyd import density as density
+from jaxcomp.share.lloyd import linear as linear
+from jaxcomp.share.lloyd import lloyd as lloyd
+from jaxcomp.share.lloyd import random as random
 from jaxcomp.share.palette import SharedTensor as SharedTensor
 from jaxcomp.share.palette import palettize as palettize
 from jaxcomp.share.palette import share_tree as share_tree
+from jaxcomp.share.rate import palettize_at_price as palettize_at_price
 from jaxcomp.share.rate import palettize_to_rate as palettize_to_rate
 from jaxcomp.share.rate import share_to_rate as share_to_rate
 from jaxcomp.share.rows import RowSharedTensor as RowSharedTensor

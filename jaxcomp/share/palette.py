@@ -6,6 +6,7 @@ the codebook cannot move them.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,12 @@ import numpy as np
 from jaxcomp import _check
 from jaxcomp import bits as packing
 from jaxcomp.node import CompressedArray
-from jaxcomp.share.kmeans import assign, optimal_centroids
+from jaxcomp.share.histogram import PIECE, order, pieces, rank_among
+from jaxcomp.share.kmeans import middles, optimal_centroids
 from jaxcomp.tree import Where, is_matrix, map_where
+
+
+Centroids = Callable[..., np.ndarray]  # (values, clusters, weights) -> float[k]
 
 
 @jax.tree_util.register_dataclass
@@ -101,34 +106,66 @@ def checked_values(caller: str, x: jax.Array) -> np.ndarray:
             "leaf out with `where`."
         )
     values = np.asarray(x).reshape(-1)
-    if not np.isfinite(values.astype(np.float64)).all():
-        fault = values[~np.isfinite(values.astype(np.float64))][0]
-        raise ValueError(
-            f"{caller} needs finite values, got {fault} in {_check.describe(x)}. Mend "
-            "the array, or leave this leaf out with `where`."
-        )
+    for piece in pieces(values.size):
+        part = values[piece]
+        if not np.isfinite(part).all():
+            raise ValueError(
+                f"{caller} needs finite values, got {part[~np.isfinite(part)][0]} in "
+                f"{_check.describe(x)}. Mend the array, or leave this leaf out with "
+                "`where`."
+            )
     return values
 
 
-def palettize(x: jax.Array, clusters: int = 16) -> SharedTensor:
+def count_zeros(values: np.ndarray) -> int:
+    parts = (values[piece] for piece in pieces(values.size))
+    return sum(part.size - int(np.count_nonzero(part)) for part in parts)
+
+
+def packed_codes(
+    values: np.ndarray, code: Callable[[np.ndarray], np.ndarray], bits: int
+) -> jax.Array:
+    """``code(values)``, taken and packed in pieces; every whole one ends on a byte."""
+    if values.size <= PIECE:
+        return packing.pack(jnp.asarray(code(values)), bits)
+    stream = np.empty(packing.nbytes(values.size, bits), np.uint8)
+    for piece in pieces(values.size):
+        codes = code(values[piece])
+        codes = np.pad(codes, (0, PIECE - codes.size))  # one shape is one compilation
+        start = piece.start * bits // 8
+        room = stream[start : start + PIECE * bits // 8]
+        room[:] = np.asarray(packing.pack(jnp.asarray(codes), bits))[: room.size]
+    return jnp.asarray(stream)
+
+
+def palettize(
+    x: jax.Array, clusters: int = 16, *, centroids: Centroids = optimal_centroids
+) -> SharedTensor:
     """Gives ``x`` at most ``clusters`` distinct values, with the least squared error.
 
     Han et al., "Deep Compression", arXiv:1510.00149, section 3, with the globally
     optimal codebook (Wang and Song, "Ckmeans.1d.dp", R Journal 2011) in place of
-    k-means from a linear start.
+    k-means from a linear start, which is ``centroids=lloyd``.
 
     Args:
       x: float[*shape], concrete: the codebook is solved on the host, not under jit.
       clusters: the most distinct values of the result, 1 to 65536. If ``x`` has exact
         zeros, 0 is one of them.
+      centroids: (values: float[n], clusters, weights) -> float[k], ``k <= clusters``,
+        in any order. Values are those of ``x`` in C order; weights are None, or bool[n]
+        that leaves out exact zeros. `optimal_centroids`, `exact_centroids`,
+        `zero_centroids`, `lloyd`, a ``partial`` of it, or your own. A centroid that is
+        exactly 0 becomes the zero of the table, which values near it join.
 
     Returns:
-      A `SharedTensor`; exact zeros stay exactly zero. If ``x`` has no more than
-      ``clusters`` values, ``dense`` equals ``x`` bit for bit (-0.0 becomes 0.0).
+      A `SharedTensor`, each weight at the value nearest to it, the lower on a tie;
+      exact zeros stay exactly zero. If ``x`` has no more than ``clusters`` values,
+      ``dense`` equals ``x`` bit for bit (-0.0 becomes 0.0).
 
     Raises:
-      ValueError: ``clusters`` is out of range, ``x`` is empty, traced or not finite, or
-        one cluster would have to hold both zeros and other values.
+      ValueError: ``clusters`` is out of range, ``x`` is empty, traced or not finite,
+        one cluster would have to hold both zeros and other values, or ``centroids``
+        returns none, too many or what is not finite.
       TypeError: ``x`` is not floating point.
 
     >>> palettize(jnp.array([0.0, 1.0, 1.2, 5.0]), clusters=3).dense()
@@ -137,23 +174,65 @@ def palettize(x: jax.Array, clusters: int = 16) -> SharedTensor:
     x = _check.floating("palettize", x)
     _check.integer_within("palettize", "clusters", clusters, 1, 2**packing.WIDEST)
     values = checked_values("palettize", x)
-    live = values != 0
-    zero = not live.all()
-    room = clusters - zero
-    if live.any() and not room:
+    zeros = count_zeros(values)
+    if 0 < zeros < values.size and clusters < 2:
         raise ValueError(
             "palettize needs clusters >= 2 for an array with zeros, which keep one "
             f"value to themselves, got clusters={clusters}."
         )
-    codebook = np.zeros(0, values.dtype)
-    codes = np.zeros(values.size, np.int64)
-    if live.any():
-        exact = optimal_centroids(values[live], room)
-        codebook = np.unique(exact.astype(values.dtype))  # narrow floats may coincide
-        codes[live] = assign(values[live], codebook) + zero
+    entries = np.zeros(0, values.dtype)
+    if zeros < values.size:
+        entries = _entries(values, clusters, zeros > 0, centroids)
+    others = entries != 0
+    zero = zeros > 0 or not bool(others.all())
+    codebook = entries[others]
+    code_of = np.zeros(max(entries.size, 1), np.uint16)
+    code_of[: entries.size][others] = np.arange(codebook.size) + zero
     bits = max(1, (codebook.size + zero - 1).bit_length())
-    packed = packing.pack(jnp.asarray(codes.astype(np.uint16)), bits)
-    return SharedTensor(packed, jnp.asarray(codebook), bool(zero), bits, x.shape)
+    rank = rank_among(_starts(entries), values)
+
+    def code(part: np.ndarray) -> np.ndarray:
+        return np.where(part == 0, 0, code_of[rank(part)])
+
+    return SharedTensor(
+        packed_codes(values, code, bits), jnp.asarray(codebook), zero, bits, x.shape
+    )
+
+
+def _entries(
+    values: np.ndarray, clusters: int, zero: bool, centroids: Centroids
+) -> np.ndarray:
+    """The values of a codebook, sorted, and 0 among them if a centroid is 0."""
+    live = values != 0 if zero else None
+
+    def solved(room: int) -> np.ndarray:
+        found = np.asarray(centroids(values, room, live))
+        if (
+            found.ndim != 1
+            or not 0 < found.size <= room
+            or not np.isfinite(found).all()
+        ):
+            raise ValueError(
+                f"palettize needs `centroids` to return a vector of 1 to {room} finite "
+                f"values, got shape {found.shape}: {found}."
+            )
+        return np.unique(found.astype(values.dtype))  # narrow floats may coincide
+
+    if live is None:
+        return solved(clusters)
+    entries = solved(clusters - 1)
+    if 0 in entries:  # it is the zero that there is anyway, so one more fits
+        more = solved(clusters)
+        entries = more if 0 in more else entries
+    return entries
+
+
+def _starts(entries: np.ndarray) -> np.ndarray:
+    """uint[k - 1]: the `order` of the least value nearest to each entry but one."""
+    last = middles(entries.astype(np.float64))
+    near = last.astype(entries.dtype)
+    ranks = order(near)
+    return ranks + (near.astype(np.float64) <= last).astype(ranks.dtype)
 
 
 def share_tree(params: Any, clusters: int = 16, *, where: Where = is_matrix) -> Any:

@@ -6,6 +6,7 @@ coded file is close to a uniform grid with a wide cell at zero, and it saves a l
 bits per Gaussian weight its error is 1.9 dB less than that of the best 8 values.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,8 +17,21 @@ import numpy as np
 from jaxcomp import _check
 from jaxcomp import bits as packing
 from jaxcomp.node import flatten
-from jaxcomp.share.kmeans import prefix_sums
-from jaxcomp.share.palette import SharedTensor, checked_values
+from jaxcomp.share.histogram import (
+    distinct,
+    dropped_bits,
+    histogram,
+    is_fine,
+    order,
+    rank_among,
+)
+from jaxcomp.share.intervals import prefix_sums
+from jaxcomp.share.palette import (
+    SharedTensor,
+    checked_values,
+    count_zeros,
+    packed_codes,
+)
 from jaxcomp.tree import Where, is_matrix, map_where
 
 
@@ -30,25 +44,49 @@ _SEARCH_STEPS = 60
 _CLOSE = 0.9995  # of the rate: nearer is not worth another pass
 
 
-class _Row:
-    """The weights of a leaf in order, and sums that give the mean of any run of them.
+PointsOf = Callable[..., tuple[np.ndarray, np.ndarray]]
 
-    Not a pytree, so that it can stand in for a leaf.
+
+class _Row:
+    """The weights of a leaf as points in order, and sums that give the mean of any run.
+
+    Points are bins of weights, as ``points_of`` makes them. Not a pytree, so that it
+    can stand in for a leaf.
     """
 
-    def __init__(self, caller: str, x: Any):
+    def __init__(self, caller: str, x: Any, points_of: PointsOf = histogram):
         self.leaf = x = _check.floating(caller, x)
-        values = checked_values(caller, x)
+        self.flat = checked_values(caller, x)
         self.own = jnp.finfo(x.dtype).bits + _TABLE  # bits that one more value takes
-        wide = values.dtype if values.dtype == np.float64 else np.float32
-        self.points = np.sort(values.astype(wide))
-        ends = [np.searchsorted(self.points, 0, side) for side in ("left", "right")]
-        self.zeros = (int(ends[0]), int(ends[1]))
-        exact = self.points.astype(np.float64)
-        self.sums = prefix_sums(exact, self.zeros[0])
-        self.reach = max(-exact[0], exact[-1])
-        apart = np.concatenate([np.diff(exact), np.abs(exact)])
+        self.points = self.mass = np.zeros(0)
+        self.dropped = 0  # trailing bits in which the weights of a point may differ
+        zeros = count_zeros(self.flat)
+        if zeros < self.flat.size:
+            live = self.flat != 0 if zeros else None
+            self.points, self.mass = points_of(self.flat, live)
+            self.dropped = dropped_bits(self.flat) or 0 if points_of is histogram else 0
+        at = int(np.searchsorted(self.points, 0.0))
+        if zeros:  # apart from what is so small that it may share a bin with them
+            self.points = np.insert(self.points, at, 0.0)
+            self.mass = np.insert(self.mass, at, zeros)
+        self.zeros = (at, at + (zeros > 0))
+        self.totals = np.concatenate([[0], np.cumsum(self.mass.astype(np.int64))])
+        self.sums = prefix_sums(self.mass * self.points, at)
+        self.reach = max(-self.points[0], self.points[-1])
+        apart = np.concatenate([np.diff(self.points), np.abs(self.points)])
         self.finest = np.min(apart[apart > 0], initial=self.reach) / 8
+
+    def is_fine(self, nbits: float) -> bool:
+        """Whether the points serve a quantizer that spends so many bits in all."""
+        first, last = self.zeros
+        live = self.flat.size - self.totals[last] + self.totals[first]
+        clusters = 2.0 ** min(nbits / max(live, 1), 64.0)
+        return not self.dropped or is_fine(self.flat, self.points, self.mass, clusters)
+
+    def starts(self, bounds: np.ndarray) -> np.ndarray:
+        """The `order` of the least weight of the points at ``bounds``."""
+        ranks = order(self.points[bounds].astype(self.flat.dtype))
+        return (ranks >> self.dropped) << self.dropped
 
 
 class _Cells(NamedTuple):
@@ -104,10 +142,8 @@ def share_to_rate(params: Any, rate: float, *, where: Where = is_matrix) -> Any:
     rated = map_where(partial(_Row, caller), params, where, caller=caller)
     _, leaves, treedef = flatten(rated)
     rows = [leaf for leaf in leaves if isinstance(leaf, _Row)]
-    found = iter(_search(rows, known))
-    shared = [
-        _node(leaf, next(found)) if isinstance(leaf, _Row) else leaf for leaf in leaves
-    ]
+    nodes = iter(_nodes(caller, rows, partial(_search, rate=known)))
+    shared = [next(nodes) if isinstance(leaf, _Row) else leaf for leaf in leaves]
     return jax.tree.unflatten(treedef, shared)
 
 
@@ -124,9 +160,50 @@ def palettize_to_rate(x: jax.Array, rate: float) -> SharedTensor:
     >>> palettize_to_rate(jnp.arange(-8.0, 9.0), 64.0).codebook.size
     16
     """
-    known = _checked_rate("palettize_to_rate", rate)
-    row = _Row("palettize_to_rate", x)
-    return _node(row, *_search([row], known))
+    caller = "palettize_to_rate"
+    known = _checked_rate(caller, rate)
+    (node,) = _nodes(caller, [_Row(caller, x)], partial(_search, rate=known))
+    return node
+
+
+def palettize_at_price(x: jax.Array, price: float) -> SharedTensor:
+    """The codebook with the least squared error plus ``price`` times coded bits.
+
+    Entropy-constrained scalar quantization at a given multiplier (Chou, Lookabaugh and
+    Gray, "Entropy-Constrained Vector Quantization", IEEE Trans. ASSP 37, 1989), as
+    `share_to_rate` describes it, up to a local optimum. One price for all leaves is
+    what a bit is worth anywhere: no other split of the bits has less error in sum.
+
+    Args:
+      x: float[*shape], concrete: the codebook is solved on the host, not under jit.
+      price: squared error per bit, summed over the weights; positive. A uniform grid of
+        that step has ``price = log(2) / 6 * step**2``.
+
+    Returns:
+      A `SharedTensor`; exact zeros stay exactly zero, and small weights join them.
+
+    Raises:
+      ValueError: ``price`` is not positive, or as `share_to_rate`.
+      TypeError: ``x`` is not floating point.
+
+    >>> w = jax.random.normal(jax.random.key(0), (100, 100))
+    >>> [palettize_at_price(w, price).codebook.size for price in (0.01, 0.1, 10.0)]
+    [21, 6, 0]
+    """
+    caller = "palettize_at_price"
+    known = _check.number(caller, "price", price)
+    if known is None or not 0 < known < np.inf:
+        raise ValueError(
+            f"{caller} needs a finite price above 0, in squared error per bit, got "
+            f"{price}."
+        )
+    step = float(np.sqrt(known / _BIT))
+
+    def solve(rows: list[_Row]) -> list[_Cells]:
+        return [_solve(row, max(step, row.finest)) for row in rows]
+
+    (node,) = _nodes(caller, [_Row(caller, x)], solve)
+    return node
 
 
 def _checked_rate(caller: str, rate: float) -> float:
@@ -138,11 +215,26 @@ def _checked_rate(caller: str, rate: float) -> float:
     return known
 
 
+def _nodes(
+    caller: str, rows: list[_Row], solve: Callable[[list[_Row]], list[_Cells]]
+) -> list[SharedTensor]:
+    """The rows in few values, anew with all of theirs if bins prove too coarse."""
+    found = solve(rows)
+    fine = [row.is_fine(c.nbits(row)) for row, c in zip(rows, found, strict=True)]
+    if not all(fine):
+        rows = [
+            row if ok else _Row(caller, row.leaf, distinct)
+            for row, ok in zip(rows, fine, strict=True)
+        ]
+        found = solve(rows)
+    return [_node(row, cells) for row, cells in zip(rows, found, strict=True)]
+
+
 def _search(rows: list[_Row], rate: float) -> list[_Cells]:
     """The finest quantizers on one step size that meet the rate together."""
     if not rows:  # an empty tree, or a part of one
         return []
-    budget = rate * sum(row.points.size for row in rows)
+    budget = rate * sum(row.flat.size for row in rows)
     least = min((row.finest for row in rows if row.finest), default=1.0)
 
     def meets(step: float) -> tuple[list[_Cells], float]:
@@ -189,12 +281,12 @@ def _solve(row: _Row, step: float) -> _Cells:
 def _grid(row: _Row, step: float) -> tuple[np.ndarray, int]:
     """A uniform grid: bounds of its cells, and which is at zero; cells may be empty."""
     points = row.points
-    low, high = (int(np.rint(float(end) / step)) for end in points[[0, -1]])
+    low, high = (int(np.rint(end / step)) for end in points[[0, -1]])
     if high - low <= _MOST:
-        edges = ((np.arange(low, high) + 0.5) * step).astype(points.dtype)
+        edges = (np.arange(low, high) + 0.5) * step
         bounds = np.concatenate([[0], np.searchsorted(points, edges), [points.size]])
         return bounds, -low if low <= 0 <= high else -1
-    ranks = np.rint(points.astype(np.float64) / step)  # most of them without a weight
+    ranks = np.rint(points / step)  # most of them without a weight
     starts = np.concatenate([[0], np.flatnonzero(np.diff(ranks)) + 1])
     if starts.size > _MOST:
         return _grid(row, 2 * step)
@@ -205,7 +297,7 @@ def _grid(row: _Row, step: float) -> tuple[np.ndarray, int]:
 def _cells(row: _Row, bounds: np.ndarray, zero: int) -> _Cells:
     empty = np.diff(bounds) == 0
     bounds, zero = _without(bounds, -1 if zero >= 0 and empty[zero] else zero, empty)
-    counts = np.diff(bounds)
+    counts = np.diff(row.totals[bounds])
     values = np.diff(row.sums[bounds]) / counts
     if zero >= 0:
         values[zero] = 0.0
@@ -230,7 +322,7 @@ def _moved(row: _Row, cells: _Cells, step: float) -> np.ndarray:
     gaps = np.maximum(np.diff(values), 1e-9 * step)  # of equal values: rounding
     tilt = _BIT / 2 * step * (step / gaps) * np.diff(_lengths(cells.counts))
     edges = np.maximum.accumulate((values[1:] + values[:-1]) / 2 + tilt)
-    inner = np.searchsorted(row.points, edges.astype(row.points.dtype))
+    inner = np.searchsorted(row.points, edges)
     if cells.zero >= 0:
         inner[: cells.zero] = np.minimum(inner[: cells.zero], row.zeros[0])
         inner[cells.zero :] = np.maximum(inner[cells.zero :], row.zeros[1])
@@ -255,18 +347,24 @@ def _wasted(row: _Row, cells: _Cells, step: float) -> np.ndarray:
 
 
 def _node(row: _Row, cells: _Cells) -> SharedTensor:
-    points, start = row.points, cells.bounds[:-1]
-    origin = points[start].astype(np.float64)  # a run of one value is it to the bit
-    offset = points - np.repeat(origin, cells.counts)
-    values = origin + np.add.reduceat(offset, start) / cells.counts
+    start = cells.bounds[:-1]
+    origin = row.points[start]  # a run of one value is it to the bit
+    offset = row.points - np.repeat(origin, np.diff(cells.bounds))
+    values = origin + np.add.reduceat(row.mass * offset, start) / cells.counts
     others = np.arange(values.size) != cells.zero
-    dtype = np.asarray(row.leaf).dtype
-    codebook, ranks = np.unique(values[others].astype(dtype), return_inverse=True)
+    codebook, ranks = np.unique(
+        values[others].astype(row.flat.dtype), return_inverse=True
+    )
+    zero = cells.zero >= 0
     codes = np.zeros(values.size, np.uint16)
-    codes[others] = ranks + (cells.zero >= 0)
-    flat = np.asarray(row.leaf).reshape(-1)
-    cell = np.searchsorted(points[start[1:]], flat.astype(points.dtype), "right")
+    codes[others] = ranks + zero
+    rank = rank_among(row.starts(start[1:]), row.flat)
+    at_zero = np.searchsorted(start, row.zeros[0], "right") - 1
+
+    def code(part: np.ndarray) -> np.ndarray:
+        # -0.0 is in the bin below that of 0.0.
+        return codes[np.where(part == 0, at_zero, rank(part))]
+
     bits = max(1, int(codes.max()).bit_length())
-    packed = packing.pack(jnp.asarray(codes[cell]), bits)
-    shape = row.leaf.shape
-    return SharedTensor(packed, jnp.asarray(codebook), cells.zero >= 0, bits, shape)
+    packed = packed_codes(row.flat, code, bits)
+    return SharedTensor(packed, jnp.asarray(codebook), zero, bits, row.leaf.shape)

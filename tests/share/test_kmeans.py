@@ -1,12 +1,19 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcomp.share import kmeans
-from jaxcomp.share.kmeans import assign, optimal_centroids
+from jaxcomp.share import histogram as bins
+from jaxcomp.share import intervals, kmeans
+from jaxcomp.share.kmeans import (
+    assign,
+    exact_centroids,
+    optimal_centroids,
+    zero_centroids,
+)
 
 
 # Small integers repeat often; the floats reach across 12 orders of magnitude.
@@ -36,6 +43,28 @@ def brute_force(values, clusters, weights):
     return min(
         sum(within(a, b) for a, b in itertools.pairwise((0, *cuts, values.size)))
         for cuts in itertools.combinations(range(1, values.size), clusters - 1)
+    )
+
+
+def brute_force_with_zero(values, clusters, weights):
+    """The least error of an interval around 0 and the best of what is left."""
+    order = np.argsort(values)
+    values, weights = values[order], weights[order]
+    below, above = np.sum(values < 0), np.sum(values <= 0)
+
+    def best(part, k):
+        if not part.any():
+            return 0.0
+        return brute_force(values[part], k, weights[part]) if k else np.inf
+
+    rank = np.arange(values.size)
+    return min(
+        np.sum((weights * values**2)[a:b])
+        + best(rank < a, left)
+        + best(rank >= b, clusters - 1 - left)
+        for a in range(below + 1)
+        for b in range(above, values.size + 1)
+        for left in range(clusters)
     )
 
 
@@ -85,9 +114,10 @@ def test_one_cluster_is_the_mean():
     np.testing.assert_allclose(optimal_centroids(values, 1), [values.mean()])
 
 
+@pytest.mark.parametrize("solve", [optimal_centroids, exact_centroids])
 @given(SAMPLES, CLUSTERS)
-def test_no_cut_into_intervals_beats_the_centroids(values, clusters):
-    found = squared_error(values, optimal_centroids(values, clusters))
+def test_no_cut_into_intervals_beats_the_centroids(solve, values, clusters):
+    found = squared_error(values, solve(values, clusters))
     least = brute_force(values, clusters, np.ones(values.size))
     rounding = 1e-14 * np.sum(np.square(values))
     assert found <= least * (1 + 1e-9) + rounding
@@ -147,6 +177,68 @@ def test_as_many_clusters_as_values_but_one_merge_the_closest_pair():
     np.testing.assert_array_equal(optimal_centroids(values, 4), [0.0, 1.0, 2.75, 7.0])
 
 
+@pytest.mark.parametrize(
+    "solve, levels, error, positive",
+    [
+        (exact_centroids, 2, 0.36338023, [0.7979]),
+        (optimal_centroids, 4, 0.11748185, [0.4528, 1.5104]),
+        (exact_centroids, 8, 0.034547761, [0.2451, 0.7560, 1.3439, 2.1519]),
+        (exact_centroids, 32, 0.0025046684, None),
+        (optimal_centroids, 64, 6.4423967e-4, None),
+        (optimal_centroids, 256, 4.1185083e-5, None),
+    ],
+)
+def test_a_gaussian_gets_the_quantizer_of_max(solve, levels, error, positive):
+    step = min(0.001, 0.15 / levels)  # Max, "Quantizing for Minimum Distortion", 1960
+    edges = np.arange(-7.2, 7.2, step)
+    edges -= edges.mean()
+    mass = np.diff([0.5 * math.erf(edge / math.sqrt(2)) for edge in edges])
+    points = (edges[1:] + edges[:-1]) / 2
+    found = solve(points, levels, mass)
+    total = squared_error(points, found, mass) + step**2 / 12  # within a point
+    assert total == pytest.approx(error, rel=1e-3)
+    if positive:
+        np.testing.assert_allclose(found[levels // 2 :], positive, atol=1e-3)
+
+
+def test_a_table_that_is_too_large_is_cut_in_half(monkeypatch):
+    values = heavy_tailed(600)
+    whole = [exact_centroids(values, k) for k in (2, 7, 100)]
+    monkeypatch.setattr(intervals, "_TABLE", 1)
+    for centroids in whole:
+        np.testing.assert_array_equal(
+            exact_centroids(values, centroids.size), centroids
+        )
+
+
+@given(WEIGHTED, CLUSTERS)
+def test_no_cut_around_a_fixed_zero_beats_the_centroids(pairs, clusters):
+    values, weights = pairs
+    centroids = zero_centroids(values, clusters, weights)
+    assert np.sum(centroids == 0) == 1 and np.all(np.diff(centroids) > 0)
+    assert centroids.size == min(clusters, np.unique(np.append(values, 0)).size)
+    found = squared_error(values, centroids, weights)
+    least = brute_force_with_zero(values, clusters, weights)
+    rounding = 1e-14 * np.sum(weights * np.square(values))
+    assert found <= least * (1 + 1e-9) + rounding
+
+
+def test_small_values_join_the_fixed_zero():
+    values = np.array([-9.0, -1.0, 0.5, 1.0, 8.0, 10.0])
+    np.testing.assert_array_equal(zero_centroids(values, 3), [-9, 0, 9])
+    # {0.5, 1, 8, 10} around its mean costs 66.7 and {-9, -1} around 0 82; all else more
+    np.testing.assert_array_equal(zero_centroids(values[1:], 2), [0, 9])
+
+
+@pytest.mark.parametrize("clusters", [2, 16, 100])
+def test_bins_find_the_fixed_zero_of_all_values(monkeypatch, clusters):
+    values = heavy_tailed(1500) + 0.3
+    exact = squared_error(values, zero_centroids(values, clusters))
+    monkeypatch.setattr(kmeans, "_SPARE_BINS", 12 * clusters)
+    found = squared_error(values, zero_centroids(values, clusters))
+    assert exact * (1 - 1e-9) <= found <= exact * 1.003
+
+
 @pytest.mark.parametrize("clusters", [4, 16, 64])
 @pytest.mark.parametrize("outliers", [[], [3e3, -1e4, 1e5]])
 def test_eight_bins_per_cluster_cost_under_one_percent_above_the_optimum(
@@ -167,6 +259,31 @@ def test_bins_keep_the_means_exact(monkeypatch):
     codes = assign(values, centroids)
     means = np.bincount(codes, weights * values) / np.bincount(codes, weights)
     np.testing.assert_allclose(centroids, means, rtol=1e-12)
+
+
+@pytest.mark.parametrize("clusters", [16, 64])
+def test_a_histogram_of_many_values_costs_less_than_a_ten_thousandth(
+    monkeypatch, clusters
+):
+    values = heavy_tailed(60_000).astype(np.float32)
+    whole = optimal_centroids(values, clusters)
+    monkeypatch.setattr(bins, "_MANY", 1)
+    calls = []
+    monkeypatch.setattr(kmeans, "distinct", lambda *sample: calls.append(sample))
+    binned = optimal_centroids(values, clusters)
+    assert not calls and bins.histogram(values)[0].size < values.size / 2
+    exact = values.astype(np.float64)
+    assert squared_error(exact, binned) <= squared_error(exact, whole) * 1.0001
+
+
+@pytest.mark.parametrize("offset, clusters", [(1.0, 2), (0.0, 300)])
+def test_a_histogram_too_coarse_for_the_clusters_gives_way_to_all_values(
+    monkeypatch, offset, clusters
+):
+    values = (offset + 1e-4 * heavy_tailed(1000)).astype(np.float32)
+    whole = optimal_centroids(values, clusters)
+    monkeypatch.setattr(bins, "_MANY", 1)
+    np.testing.assert_array_equal(optimal_centroids(values, clusters), whole)
 
 
 def test_a_full_table_leaves_a_bin_for_every_cluster(monkeypatch):
@@ -248,10 +365,11 @@ def test_neighbouring_floats_are_told_apart():
         (([1.0, 2.0], 1, [1.0, np.inf]), r"finite weights, got inf at flat index 1"),
     ],
 )
-def test_optimal_centroids_says_what_is_wrong(arguments, text):
+def test_each_solver_says_what_is_wrong(arguments, text):
     values, clusters, *weights = arguments
-    with pytest.raises(ValueError, match=r"^optimal_centroids needs .*" + text):
-        optimal_centroids(np.array(values), clusters, *map(np.array, weights))
+    for solve in (optimal_centroids, exact_centroids, zero_centroids):
+        with pytest.raises(ValueError, match=rf"^{solve.__name__} needs .*" + text):
+            solve(np.array(values), clusters, *map(np.array, weights))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
 from jaxcomp import SharedTensor, bits, palettize, share_tree
+from jaxcomp.share import histogram, palette
+from jaxcomp.share.kmeans import assign, exact_centroids, zero_centroids
 
 
 # Small integers repeat often, and zeros are common among them.
@@ -154,6 +156,94 @@ def test_numpy_arrays_and_lists_are_palettized_alike():
     dense = palettize(jnp.array(x), 4).dense()
     for other in (x, np.array(x), np.array(x, np.float32)):
         np.testing.assert_array_equal(palettize(other, 4).dense(), dense)
+
+
+def nearest_entry(node, x):
+    """`dense` by the plain search: zeros apart, the others at their nearest entry."""
+    entries = np.asarray(node.codebook)
+    return np.where(x == 0, 0, entries[assign(x, entries)])
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """Few values go through bins, and are assigned and packed in pieces."""
+    monkeypatch.setattr(histogram, "_MANY", 1)
+    for module in (histogram, palette):
+        monkeypatch.setattr(module, "PIECE", 64)
+
+
+@pytest.mark.parametrize(
+    "dtype, clusters", [(NARROW[0], 7), (NARROW[1], 7), (np.float32, 300)]
+)
+def test_every_weight_of_many_gets_its_nearest_value(in_pieces, dtype, clusters):
+    x = np.random.default_rng(0).standard_t(3, (7, 101)).astype(dtype)
+    x[:2, ::3] = 0
+    x[2, 0] = -0.0
+    node = palettize(jnp.asarray(x), clusters)
+    assert node.zero and node.codebook.size <= clusters - 1
+    np.testing.assert_array_equal(
+        bits_of(node.dense()), bits_of(nearest_entry(node, x))
+    )
+    whole = bits.pack(codes_of(node), node.bits)
+    np.testing.assert_array_equal(node.codes, whole)
+
+
+@given(SAMPLES, CLUSTERS, st.integers(0, 2))
+def test_a_tie_goes_to_the_lower_value(x, clusters, shift):
+    chosen = np.unique(x.reshape(-1)[shift::3])[:clusters]
+    node = palettize(x, chosen.size + 1, centroids=lambda values, room, live: chosen)
+    table = np.sort(np.append(chosen, 0.0)) if 0 in chosen else chosen
+    expected = table[assign(x, table)].astype(np.float32)
+    np.testing.assert_array_equal(node.dense(), np.where(x == 0, 0, expected))
+
+
+def test_a_function_of_values_clusters_and_weights_makes_the_codebook():
+    x = jnp.array([[0.0, 1.0, 2.0], [5.0, 0.0, 7.0]])
+    seen = []
+
+    def centroids(values, clusters, weights):
+        seen.append((values.tolist(), clusters, weights.tolist()))
+        return np.array([6.0, 1.5])  # in any order
+
+    node = palettize(x, 4, centroids=centroids)
+    live = [False, True, True, True, False, True]
+    assert seen == [([0.0, 1.0, 2.0, 5.0, 0.0, 7.0], 3, live)]
+    np.testing.assert_array_equal(node.dense(), [[0, 1.5, 1.5], [6, 0, 6]])
+    palettize(x[:, 2:], 2, centroids=lambda *given: seen.append(given) or np.ones(1))
+    assert seen[1][1:] == (2, None)
+
+
+def test_small_weights_join_a_fixed_zero_that_counts_once():
+    x = jnp.array([-9.0, -0.1, 0.2, 5.0, 6.0, 9.0])
+    for zeros in (0, 3):  # with zeros of its own or none
+        node = palettize(jnp.pad(x, (0, zeros)), 4, centroids=zero_centroids)
+        assert node.zero and node.codebook.tolist() == [-9.0, 5.5, 9.0]
+        assert node.dense().tolist() == [-9, 0, 0, 5.5, 5.5, 9] + [0] * zeros
+
+
+def test_a_fixed_zero_costs_some_error_and_prunes():
+    x = np.random.default_rng(0).normal(size=300).astype(np.float32)
+    apart, joined = (
+        np.asarray(palettize(x, 5, **kind).dense())
+        for kind in ({"centroids": exact_centroids}, {"centroids": zero_centroids})
+    )
+    assert np.sum((apart - x) ** 2) <= np.sum((joined - x) ** 2)
+    assert not np.any(apart == 0) and 50 < np.sum(joined == 0) < 150
+
+
+@pytest.mark.parametrize(
+    "found, text",
+    [
+        (np.zeros(0), r"shape \(0,\): \[\]"),
+        (np.ones((1, 2)), r"shape \(1, 2\)"),
+        (np.arange(3.0), r"shape \(3,\): \[0\. 1\. 2\.\]"),
+        (np.array([1.0, np.nan]), r"shape \(2,\): \[ 1\. nan\]"),
+    ],
+)
+def test_centroids_that_cannot_be_a_codebook_are_an_error(found, text):
+    text = r"palettize needs `centroids` to return .* 1 to 2 finite values, got " + text
+    with pytest.raises(ValueError, match=text):
+        palettize(jnp.ones(3), 2, centroids=lambda *given: found)
 
 
 # the node
@@ -387,7 +477,8 @@ def test_share_tree_names_the_leaf_the_index_and_the_value_of_a_nan():
 
 
 def test_zeros_are_pinned_even_if_an_entry_that_trains_happens_to_be_zero():
-    node = palettize(jnp.array([-1.0, 1.0, 5.0]), 2)
-    assert not node.zero and 0.0 in node.codebook.tolist()
+    node = palettize(jnp.array([-1.0, 2.0, 5.0]), 2)
+    node = dataclasses.replace(node, codebook=jnp.array([0.0, 5.0]))
+    assert not node.zero
     pruned = node.encode(jnp.array([0.0, 0.0, 5.0]))
     assert pruned.zero and pruned.codebook.tolist() == [5.0]

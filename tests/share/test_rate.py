@@ -3,13 +3,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
 from jaxcomp import bits, palettize_to_rate, share_to_rate
 from jaxcomp.entropy import order0_entropy
+from jaxcomp.share import histogram, palette, rate
+from jaxcomp.share.rate import palettize_at_price
 
 
 VALUES = st.sampled_from([0.0, 0.0, 0.0]) | st.floats(-1e6, 1e6, width=32)
@@ -189,6 +191,77 @@ def test_more_values_than_codes_are_merged():
     x = np.arange(70_000, dtype=np.float32)
     node = palettize_to_rate(jnp.asarray(x), 64.0)
     assert node.bits == 16 and np.abs(np.asarray(node.dense()) - x).max() <= 1
+
+
+@pytest.fixture
+def binned(monkeypatch):
+    """Few values go through bins, and in pieces."""
+    monkeypatch.setattr(histogram, "_MANY", 1)
+    for module in (histogram, palette):
+        monkeypatch.setattr(module, "PIECE", 2**12)
+
+
+def test_a_histogram_serves_as_well_as_all_values(monkeypatch, request):
+    x, wanted = gaussian((100, 100)), 3.0
+    x[:20] = 0
+    x[0, :3] = -0.0, 1e-42, -1e-42
+    whole = error_of(palettize_to_rate(jnp.asarray(x), wanted), x)
+    request.getfixturevalue("binned")
+    monkeypatch.setattr(rate, "distinct", None)
+    node = palettize_to_rate(jnp.asarray(x), wanted)
+    assert wanted - 0.01 < rate_of(node) <= wanted
+    assert error_of(node, x) == pytest.approx(whole, rel=0.005)
+    assert not np.asarray(node.dense())[x == 0].any()
+    order = np.argsort(x.ravel(), kind="stable")
+    assert np.all(np.diff(np.asarray(node.dense()).ravel()[order]) >= 0)
+
+
+def test_a_rate_too_high_for_a_histogram_takes_all_values(binned):
+    x = (1 + np.arange(512) * 2.0**-23).astype(np.float32)  # one bin
+    for node in (palettize_to_rate(x, 64.0), palettize_at_price(x, 1e-30)):
+        np.testing.assert_array_equal(node.dense(), x)
+
+
+def test_a_price_says_which_values_are_worth_their_bits(strict):
+    x = jnp.array([0.0] * 64 + [1.0, 1.5])
+    # All three values take 98.9 bits; two take 54.9 and an error of 1/8; zeros alone
+    # take none and an error of 3.25. So 1/8 buys 44 bits, and 3.125 the other 54.9.
+    assert palettize_at_price(x, 0.95 * 0.125 / 44).codebook.tolist() == [1.0, 1.5]
+    assert palettize_at_price(x, 1.05 * 0.125 / 44).codebook.tolist() == [1.25]
+    assert palettize_at_price(x, 0.95 * 3.125 / 54.9).codebook.tolist() == [1.25]
+    assert palettize_at_price(x, 1.05 * 3.125 / 54.9).codebook.tolist() == []
+
+
+@pytest.mark.parametrize("price", [0.002, 0.05])
+def test_no_other_price_or_grid_costs_less_at_the_price(price):
+    x = gaussian((200, 100))
+
+    def cost(node):
+        return error_of(node, x) + price * rate_of(node)
+
+    ours = cost(palettize_at_price(x, price))
+    for other in (price / 1.5, 4 * price):
+        assert ours < cost(palettize_at_price(x, other)) * 1.0001
+    for step in np.sqrt(price * 6 / np.log(2)) * np.array([0.7, 1.0, 1.4]):
+        found, spread = uniform_grid(x, step)
+        found += 42 * np.unique(np.rint(x / step)).size / x.size  # its codebook
+        assert ours < spread + price * found
+
+
+@settings(max_examples=15)
+@given(SAMPLES, st.sampled_from([1e-30, 1e6, 1e30]))
+def test_at_any_price_zeros_stay_and_the_others_keep_their_order(x, price):
+    dense = np.asarray(palettize_at_price(jnp.asarray(x), price).dense())
+    assert dense.shape == x.shape and not dense[x == 0].any()
+    assert np.all(np.diff(dense.ravel()[np.argsort(x.ravel(), kind="stable")]) >= 0)
+
+
+@pytest.mark.parametrize("price", [0, -1.0, float("nan"), float("inf")])
+def test_a_price_must_be_positive_and_finite(price):
+    with pytest.raises(
+        ValueError, match=r"palettize_at_price needs a .* got (-|\d|n|i)"
+    ):
+        palettize_at_price(jnp.ones((2, 2)), price)
 
 
 def test_an_empty_tree_stays_one():
