@@ -41,11 +41,16 @@ from jaxcomp.prune import pack_nonzero as pack_nonzero
 from jaxcomp.prune import prune_tree as prune_tree
 from jaxcomp.prune import random_scores as random_scores
 from jaxcomp.prune import top_mask as top_mask
+from jaxcomp.quant import FloatTensor as FloatTensor
 from jaxcomp.quant import QTensor as QTensor
 from jaxcomp.quant import quantize as quantize
 from jaxcomp.quant import quantize_affine as quantize_affine
 from jaxcomp.quant import quantize_binary as quantize_binary
+from jaxcomp.quant import quantize_float as quantize_float
 from jaxcomp.quant import quantize_interval as quantize_interval
+from jaxcomp.quant import quantize_mx as quantize_mx
+from jaxcomp.quant import quantize_nf4 as quantize_nf4
+from jaxcomp.quant import quantize_nvfp4 as quantize_nvfp4
 from jaxcomp.quant import quantize_searched as quantize_searched
 from jaxcomp.quant import quantize_step as quantize_step
 from jaxcomp.quant import quantize_stochastically as quantize_stochastically

@@ -19,23 +19,29 @@ from jaxcomp.quant.grid import (
     scale_for,
     symmetric_zero,
     to_groups,
-    unit_near,
 )
+from jaxcomp.quant.ranges import unit_near
 
 
 BITS = 2
 
 
 def quantize_ternary(
-    x: jax.Array, *, axis: Axis = None, group: int | None = None
+    x: jax.Array,
+    *,
+    axis: Axis = None,
+    group: int | None = None,
+    threshold: float | None = None,
 ) -> QTensor:
     """Rounds ``x`` to -1, 0 and 1 times the mean magnitude of its weights.
 
     Ma et al., "The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits",
     arXiv:2402.17764: ``round(x / mean(|x|))``, clipped to -1 and 1. Departs from the
     paper where ``x`` has exact zeros: they have no say in the mean, so that a pruned
-    array keeps its scale. For the least squared error take `quantize_searched` with
-    ``bits=2``.
+    array keeps its scale. With a ``threshold`` the scale is the mean magnitude of the
+    weights above it, the least squared error for their choice; 0.7 is that of Li, Zhang
+    and Liu, "Ternary Weight Networks", arXiv:1605.04711. For the least squared error of
+    all take `quantize_searched` with ``bits=2``.
 
     Args:
       x: float[*shape].
@@ -43,18 +49,29 @@ def quantize_ternary(
         shares one.
       group: entries that share a scale, in C order over all axes but ``axis``; None
         takes them all. The last group may be shorter.
+      threshold: weights above so many times the mean magnitude are not 0; not negative.
+        None takes those from half the mean on, and the mean for a scale, as BitNet.
 
     Returns:
-      A `QTensor` of 2 bits. Weights below half the scale become 0.
+      A `QTensor` of 2 bits.
 
     Raises:
-      ValueError: ``axis`` or ``group`` is out of range.
+      ValueError: ``axis``, ``group`` or ``threshold`` is out of range.
       TypeError: ``x`` is not floating point.
 
     >>> quantize_ternary(jnp.array([0.25, -1.5, 2.0, 0.25])).dense()
     Array([ 0., -1.,  1.,  0.], dtype=float32)
     """
-    return _ternary(*checked_settings("quantize_ternary", x, BITS, axis, group))
+    settings = checked_settings("quantize_ternary", x, BITS, axis, group)
+    if threshold is None:
+        return _ternary(*settings)
+    known = _check.number("quantize_ternary", "threshold", threshold)
+    if known is not None and not 0 <= known < jnp.inf:
+        raise ValueError(
+            "quantize_ternary needs a finite threshold of at least 0, in mean "
+            f"magnitudes, got {threshold}."
+        )
+    return _above(*settings, threshold)
 
 
 def quantize_binary(
@@ -93,6 +110,21 @@ def _ternary(x: jax.Array, bits: int, axis: tuple[int, ...], group: int) -> QTen
     groups = to_groups(x, axis, group)
     scale = _mean_magnitude(groups)
     codes = packed(rounded(groups, scale, symmetric_zero(bits), bits), bits)
+    return QTensor(codes, scale, None, bits, x.shape, axis, group)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _above(
+    x: jax.Array, bits: int, axis: tuple[int, ...], group: int, threshold: jax.Array
+) -> QTensor:
+    groups = to_groups(x, axis, group)
+    wide = groups.astype(_check.wide(x.dtype))
+    mean = _mean_magnitude(groups).astype(wide.dtype)[..., None]
+    unit = unit_near(mean)  # so that no product overflows
+    taken = jnp.abs(wide) * unit > jnp.asarray(threshold, wide.dtype) * (mean * unit)
+    signs = jnp.where(taken, jnp.sign(wide), 0).astype(jnp.int32)
+    scale = _mean_magnitude(jnp.where(taken, groups, jnp.zeros((), groups.dtype)))
+    codes = packed((signs + symmetric_zero(bits)).astype(jnp.uint16), bits)
     return QTensor(codes, scale, None, bits, x.shape, axis, group)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxcomp import _check
 from jaxcomp import bits as packing
 from jaxcomp.node import CompressedArray, dense_of, is_compressed
+from jaxcomp.quant.ranges import divided
 
 
 Axis = int | tuple[int, ...] | None
@@ -117,17 +118,9 @@ def valued(codes: jax.Array, scale: jax.Array, zero: Any) -> jax.Array:
 
 
 def in_steps(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """``x / scale``, rounded half to even, in the arithmetic dtype."""
+    """``x / scale``, rounded half to even, in the arithmetic dtype; 0 at scale 0."""
     wide = _check.wide(x.dtype)
-    x, scale = x.astype(wide), scale.astype(wide)
-    # XLA multiplies by the reciprocal; that of a large scale would be flushed to 0.
-    unit = unit_near(scale)
-    return jnp.round((x * unit) / (scale * unit))
-
-
-def unit_near(size: jax.Array) -> jax.Array:
-    """A power of 2 that brings values of this size away from both ends of float32."""
-    return jnp.where(size > 1, 2.0**-24, 2.0**24).astype(size.dtype)
+    return jnp.round(divided(x.astype(wide), scale.astype(wide)))
 
 
 def symmetric_zero(bits: int) -> int:
@@ -173,8 +166,7 @@ def from_groups(
 
 def rounded(x: jax.Array, scale: jax.Array, zero: Any, bits: int) -> jax.Array:
     """Codes of ``x`` [channels, groups, group] on a grid, ties to the even code."""
-    is_zero = scale[..., None] == 0  # what a coded scale was rounded to: all is 0
-    steps = jnp.where(is_zero, 0, in_steps(x, jnp.where(is_zero, 1, scale[..., None])))
+    steps = in_steps(x, scale[..., None])
     top = 2**bits - 1 if isinstance(zero, jax.Array) else 2 * zero
     return jnp.clip(steps + jnp.asarray(zero, steps.dtype), 0, top).astype(jnp.uint16)
 

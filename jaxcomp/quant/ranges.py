@@ -13,11 +13,27 @@ import jax.numpy as jnp
 from jaxcomp import _check
 
 
+Rounded = Callable[[jax.Array], jax.Array]
+
 # (groups, rounded) -> ratio: float[channels, groups, group] in the arithmetic dtype,
 # and what gives their dense values on the grid of a ratio, to ratios in (0, 1].
-Range = Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
+Range = Callable[[jax.Array, Rounded], jax.Array]
 
 _RATIOS = 100
+
+
+def unit_near(size: jax.Array) -> jax.Array:
+    """A power of 2 that brings values of this size away from both ends of float32."""
+    return jnp.where(size > 1, 2.0**-24, 2.0**24).astype(size.dtype)
+
+
+def divided(x: jax.Array, size: jax.Array) -> jax.Array:
+    """``x / size`` for ``size`` of any magnitude, and 0 where it is 0."""
+    # XLA multiplies by the reciprocal; that of a large size would be flushed to 0.
+    unit = unit_near(size)
+    divisor = size * unit
+    is_zero = divisor == 0  # what is coded may come to 0; a subnormal is flushed to it
+    return jnp.where(is_zero, 0, (x * unit) / jnp.where(is_zero, 1, divisor))
 
 
 def largest(groups: jax.Array, rounded: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -102,14 +118,11 @@ def least_error(power: float = 2.0) -> Range:
 
     def reach(groups: jax.Array, rounded: Callable) -> jax.Array:
         most = jnp.max(jnp.abs(groups), axis=-1, initial=0)
-        # As shares of the largest, so that no power overflows; and never 1 / large.
-        unit = jnp.where(most > 1, 2.0**-24, 2.0**24).astype(groups.dtype)[..., None]
-        size = most[..., None] * unit
-        size = jnp.where(size > 0, size, 1)
 
         def tried(i: jax.Array, best: tuple) -> tuple[jax.Array, jax.Array]:
             ratio = jnp.ones_like(most) * ((_RATIOS - i) / _RATIOS).astype(most.dtype)
-            off = jnp.abs(groups - rounded(ratio)) * unit / size
+            # As shares of the largest, so that no power overflows.
+            off = divided(jnp.abs(groups - rounded(ratio)), most[..., None])
             error = jnp.sum(off**known, axis=-1)
             better = error < best[0]
             return jnp.where(better, error, best[0]), jnp.where(better, ratio, best[1])

@@ -20,8 +20,8 @@ from jaxcomp.quant.grid import (
     packed,
     scale_for,
     to_groups,
-    unit_near,
 )
+from jaxcomp.quant.ranges import divided, unit_near
 
 
 _TOP = 2 ** (packing.WIDEST - 1) - 1  # the largest code, that many steps from 0
@@ -129,8 +129,7 @@ def _sizes(groups: jax.Array) -> jax.Array:
 @jax.jit
 def _ratios(groups: jax.Array, scale: jax.Array) -> jax.Array:
     wide = _check.wide(groups.dtype)
-    unit = unit_near(scale.astype(wide))[..., None]
-    return (groups.astype(wide) * unit) / (scale.astype(wide)[..., None] * unit)
+    return divided(groups.astype(wide), scale.astype(wide)[..., None])
 
 
 @jax.jit

@@ -20,8 +20,8 @@ from jaxcomp.quant.grid import (
     scale_for,
     symmetric_zero,
     to_groups,
-    unit_near,
 )
+from jaxcomp.quant.ranges import unit_near
 
 
 # Ratios to the scale of the largest magnitude: 1/48 to 96/48, that is 2% to 200%. Those

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jaxcomp import _check
 from jaxcomp.node import dense_of
-from jaxcomp.quant.grid import QTensor, packed, to_groups, unit_near
+from jaxcomp.quant.grid import QTensor, packed, to_groups
+from jaxcomp.quant.ranges import divided
 from jaxcomp.quant.uniform import quantize
 
 
@@ -51,10 +52,7 @@ def quantize_stochastically(
 def _drawn(key: jax.Array, x: jax.Array, node: QTensor) -> QTensor:
     groups = to_groups(x, node.axis, node.group).astype(_check.wide(x.dtype))
     scale = dense_of(node.scale).astype(groups.dtype)[..., None]
-    is_zero = scale == 0
-    scale = jnp.where(is_zero, 1, scale)
-    unit = unit_near(scale)
-    steps = jnp.where(is_zero, 0, (groups * unit) / (scale * unit))
+    steps = divided(groups, scale)
     below = jnp.floor(steps)
     # Of 24 bits: below is exact, and a part of a step below 2**-24 is never taken.
     up = jax.random.uniform(key, steps.shape, jnp.float32) < steps - below

@@ -20,10 +20,9 @@ from jaxcomp.quant.grid import (
     stored,
     symmetric_zero,
     to_groups,
-    unit_near,
     valued,
 )
-from jaxcomp.quant.ranges import Range, largest
+from jaxcomp.quant.ranges import Range, largest, unit_near
 from jaxcomp.tree import Where, is_matrix, map_where
 
 
@@ -195,9 +194,7 @@ def spacing(low: jax.Array, high: jax.Array, bits: int, dtype: Any) -> jax.Array
 @partial(jax.jit, static_argnums=2)
 def _zero_of(low: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     """int32[channels, groups, 1]: the code of 0."""
-    is_zero = scale == 0
-    steps = in_steps(-low, jnp.where(is_zero, 1, scale))
-    steps = jnp.where(is_zero, 0, steps)
+    steps = in_steps(-low, scale)
     return jnp.clip(steps, 0, 2**bits - 1).astype(jnp.int32)[..., None]
 
 

@@ -21,7 +21,7 @@ from jaxcomp.entropy import encode_symbols, encode_varint
 from jaxcomp.lowrank import BasisTensor, LowRankTensor
 from jaxcomp.node import CompressedArray, TiedTensor, is_compressed
 from jaxcomp.prune import BitmaskTensor, NMTensor
-from jaxcomp.quant import QTensor
+from jaxcomp.quant import FloatTensor, QTensor
 from jaxcomp.share import (
     BorrowedTensor,
     RowSharedTensor,
@@ -37,6 +37,7 @@ from jaxcomp.storage.planes import Lanes, encode_array, without_padding
 # the width of a code in bits or the name of the static field that has it.
 KINDS: dict[str, tuple[type[CompressedArray], dict[str, int | str]]] = {
     "QTensor": (QTensor, {"codes": "bits", "zero": "bits"}),
+    "FloatTensor": (FloatTensor, {"codes": "bits"}),
     "SharedTensor": (SharedTensor, {"codes": "bits"}),
     "BorrowedTensor": (BorrowedTensor, {"codes": "bits"}),
     "RowSharedTensor": (RowSharedTensor, {"codes": "bits"}),

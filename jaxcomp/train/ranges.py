@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from jaxcomp import _check
 from jaxcomp.prune.top import top_masks
-from jaxcomp.quant.grid import in_steps, scale_for, unit_near
+from jaxcomp.quant.grid import in_steps, scale_for
+from jaxcomp.quant.ranges import unit_near
 
 
 def moving_range(

@@ -168,3 +168,22 @@ def test_bad_arguments_are_errors(name):
         grid(jnp.ones((2, 3)), axis=2)
     with pytest.raises(ValueError, match=f"quantize_{name} needs 1 <= group"):
         grid(jnp.ones((2, 3)), group=0)
+
+
+def test_a_threshold_takes_the_mean_of_what_is_above_it():
+    x = jnp.array([0.0, 0.6, -1.0, 2.0, -0.4])  # of what is not 0 the mean is 1
+    node = jc.quantize_ternary(x, threshold=0.7)
+    np.testing.assert_allclose(node.dense(), [0, 0, -1.5, 1.5, 0])
+    wide = jc.quantize_ternary(x, threshold=0.0)
+    np.testing.assert_allclose(wide.dense(), [0, 1, -1, 1, -1])
+
+
+def test_a_threshold_above_all_leaves_zeros_and_a_bad_one_is_an_error():
+    x = jnp.array([[1.0, -1.0], [1e37, -1e37]])
+    assert not jc.quantize_ternary(x, axis=0, threshold=3.0).dense().any()
+    np.testing.assert_allclose(
+        jc.quantize_ternary(x, axis=0, threshold=0.7).dense(), x, rtol=1e-6
+    )
+    for bad in (-0.1, np.inf, np.nan):
+        with pytest.raises(ValueError, match="quantize_ternary needs a"):
+            jc.quantize_ternary(x, threshold=bad)
