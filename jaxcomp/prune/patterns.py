@@ -104,7 +104,7 @@ def _axes_of(caller: str, x: jax.Array, along: Along) -> list[int]:
     return axes
 
 
-def nm_budget(n: int, m: int, *, along: Along = -2) -> Budget:
+def nm_budget(n: int, m: int, *, along: Along | Mapping[str, Along] = -2) -> Budget:
     """A budget that keeps ``n`` of every ``m`` consecutive entries of every leaf.
 
     Mishra et al., arXiv:2104.08378. A lower sparsity than ``1 - n / m`` keeps more of
@@ -115,7 +115,8 @@ def nm_budget(n: int, m: int, *, along: Along = -2) -> Budget:
     Args:
       n: entries kept per group in the end, ``0 < n <= m``.
       m: group length.
-      along: the axis to group, or several, as in `nm_mask`.
+      along: the axis to group, or several, as in `nm_mask`; or path -> axes, such as
+        the ``axes`` that `observe` finds for every weight of a function.
 
     Returns:
       A `Budget`. Every group of every leaf keeps the same count, but for a shorter last
@@ -123,7 +124,8 @@ def nm_budget(n: int, m: int, *, along: Along = -2) -> Budget:
 
     Raises:
       ValueError: not ``0 < n <= m``. The budget raises if ``sparsity`` is not in
-        ``[0, 1 - n / m]`` or a mapping, or if a leaf does not have the axes.
+        ``[0, 1 - n / m]`` or a mapping, or if a leaf does not have the axes, or
+        ``along`` not the leaf.
 
     >>> nm_budget(1, 2)({"a": jnp.array([[1.0], [2.0], [4.0], [3.0]])}, 0.5)["a"].T
     Array([[False,  True,  True, False]], dtype=bool)
@@ -140,7 +142,19 @@ def nm_budget(n: int, m: int, *, along: Along = -2) -> Budget:
                 f"{n}:{m}, got {sparsity}. Pass that, or a smaller n."
             )
         kept = jnp.maximum(n, m - zeros_of(sparsity, m))
-        return _each(scores, lambda score: _group_mask(score, kept, m, along))
+        if not isinstance(along, Mapping):
+            return _each(scores, lambda score: _group_mask(score, kept, m, along))
+        missing = [path for path in scores if path not in along]
+        if missing:
+            raise ValueError(
+                f"nm_budget needs the axes of every leaf, but `along` has none of "
+                f"{missing[0]!r}. Add them, or leave the leaf out with `where`."
+            )
+        found: dict[str, jax.Array] = {}
+        for path, score in scores.items():
+            mask = partial(_group_mask, kept=kept, m=m, along=along[path])
+            found |= _each({path: score}, mask)
+        return found
 
     return budget
 

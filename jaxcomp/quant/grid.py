@@ -168,7 +168,8 @@ def rounded(x: jax.Array, scale: jax.Array, zero: Any, bits: int) -> jax.Array:
     """Codes of ``x`` [channels, groups, group] on a grid, ties to the even code."""
     steps = in_steps(x, scale[..., None])
     top = 2**bits - 1 if isinstance(zero, jax.Array) else 2 * zero
-    return jnp.clip(steps + jnp.asarray(zero, steps.dtype), 0, top).astype(jnp.uint16)
+    dtype = jnp.uint8 if bits <= 8 else jnp.uint16
+    return jnp.clip(steps + jnp.asarray(zero, steps.dtype), 0, top).astype(dtype)
 
 
 def checked_settings(
@@ -190,15 +191,27 @@ def scale_for(reach: jax.Array, levels: float, dtype: Any) -> jax.Array:
     return jnp.maximum(reach / levels, 2 * float(jnp.finfo(dtype).tiny)).astype(dtype)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
 def placed(
     x: jax.Array, scale: Any, zero: Any, bits: int, axis: tuple[int, ...], group: int
 ) -> QTensor:
     """``x`` on the grid of these scales, and of these zeros unless they are None."""
-    middle = symmetric_zero(bits) if zero is None else zero
-    codes = rounded(to_groups(x, axis, group), dense_of(scale), middle, bits)
+    # Rounding and packing apart: XLA would round once for each byte that is packed.
+    codes = _codes_on(x, dense_of(scale), zero, bits, axis, group)
     held = None if zero is None else packed(zero, bits)
     return QTensor(packed(codes, bits), scale, held, bits, x.shape, axis, group)
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _codes_on(
+    x: jax.Array,
+    scale: jax.Array,
+    zero: Any,
+    bits: int,
+    axis: tuple[int, ...],
+    group: int,
+) -> jax.Array:
+    middle = symmetric_zero(bits) if zero is None else zero
+    return rounded(to_groups(x, axis, group), scale, middle, bits)
 
 
 def stored(scale: jax.Array, scales: Callable[[jax.Array], Any] | None) -> Any:

@@ -220,7 +220,9 @@ def test_the_gradient_in_its_float_arrays_is_right(tree):
     )
     is_wide = all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trainable))
     np.testing.assert_allclose(
-        sum(jax.tree.leaves(inner)), order * (loss - fixed), rtol=1e-5 if is_wide else 2e-2
+        sum(jax.tree.leaves(inner)),
+        order * (loss - fixed),
+        rtol=1e-5 if is_wide else 2e-2,
     )
 
 

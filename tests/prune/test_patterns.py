@@ -280,3 +280,29 @@ def test_a_leaf_without_the_axis_is_an_error_that_names_it():
         in_units(leaf_budget)({"scale": jnp.ones(())}, 0.5)
     with pytest.raises(ValueError, match=r"nm_mask needs .* axis -2.*\(leaf 'norm'\)"):
         nm_budget(2, 4)({"norm": jnp.ones(4)}, 0.5)
+
+
+def test_axes_may_be_given_for_each_leaf_as_observing_finds_them():
+    key_a, key_b = jax.random.split(jax.random.key(0))
+    params = {
+        "heads": jax.random.normal(
+            key_a, (2, 6, 8)
+        ),  # (heads, d, model), back to model
+        "in": jax.random.normal(key_b, (8, 12)),
+    }
+
+    def f(params, x):
+        split = (x @ params["in"]).reshape(5, 2, 6)
+        return jnp.einsum("bhd,hdm->bm", split, params["heads"])
+
+    seen = jc.observe(f, params, [(jnp.ones((5, 8)),)], {"norm": jc.program.norm})
+    along = {path: row.axes for path, row in seen.items()}
+    assert along == {"heads": (0, 1), "in": (0,)}
+    every = jc.path_matches(".*")
+    budget = jc.prune.nm_budget(2, 4, along=along)
+    masks = jc.prune.masks(params, 0.5, budget=budget, where=every)
+    for path, count in (("heads", 3), ("in", 2)):
+        lanes = masks[path].reshape(count, 4, -1)
+        np.testing.assert_array_equal(lanes.sum(axis=1), 2)
+    with pytest.raises(ValueError, match="`along` has none of 'in'"):
+        jc.prune.nm_budget(2, 4, along={"heads": 0})(params, 0.5)

@@ -25,7 +25,7 @@ def decibels(node, x):
 
 
 four = partial(jc.quantize, bits=4, axis=None)
-full = partial(jc.quantize, bits=4, axis=None, top=8, reach=least_error())
+full = partial(jc.quantize, bits=4, axis=None, top=7.01, reach=least_error())
 affine = partial(jc.quantize_affine, bits=4, axis=None)
 searched = partial(jc.quantize_affine, bits=4, axis=None, reach=least_error())
 # grid, settings, decibels of normal and of Laplace weights
