@@ -4,9 +4,15 @@ An error names the function, the leaf, the index and the value, and says what to
 The details of each function are tested beside it; this is the table that a user meets.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
 
@@ -22,6 +28,25 @@ def spoilt(value):
     return jnp.asarray(GOOD).at[1, 2].set(value)
 
 
+KEY = jax.random.key(0)
+
+
+def mapped(fn):
+    return lambda t: jc.map_where(fn, t, caller=fn.__name__)
+
+
+def grid(fn, **settings):
+    return lambda t: jc.quantize_tree(t, partial(fn, **settings))
+
+
+def by_score(score):
+    return lambda t: jc.apply_masks(t, jc.prune.masks(t, 0.5, score=score))
+
+
+def by_budget(budget):
+    return lambda t: jc.apply_masks(t, jc.prune.masks(t, 0.5, budget=budget))
+
+
 EACH = {
     "prune_tree": lambda t: jc.prune_tree(t, 0.5),
     "clip_tree": lambda t: jc.clip_tree(t, -0.5, 0.5),
@@ -31,6 +56,54 @@ EACH = {
     "share_tree": lambda t: jc.share_tree(t, clusters=4),
     "share_to_rate": lambda t: jc.share_to_rate(t, 3.0),
     "tie_layers": lambda t: jc.tie_layers(t, [("good", "bad")]),
+}
+# What else lifts a function to a tree: all of it by `map_where`, `masks` or the like.
+MORE = {
+    "masks of units": by_score(jc.prune.unit_entropy()),
+    "masks by density": by_score(jc.prune.unit_density()),
+    "masks by deviations": by_score(jc.prune.deviations),
+    "masks of random units": by_score(jc.prune.random_units(KEY)),
+    "masks by LAMP": by_budget(jc.prune.lamp_budget),
+    "masks by ERK": by_budget(jc.prune.erk_budget),
+    "masks 1:2": by_budget(jc.prune.nm_budget(1, 2)),
+    "masks_above": lambda t: jc.apply_masks(t, jc.prune.masks_above(t, 0.5)),
+    "quantize_tree affine": grid(jc.quantize_affine, bits=3, group=32),
+    "quantize_tree percentile": grid(
+        jc.quantize, bits=4, reach=jc.quant.percentile(90), top=7.5
+    ),
+    "quantize_tree least error": grid(
+        jc.quantize_affine, bits=2, reach=jc.quant.least_error()
+    ),
+    "quantize_tree double": grid(
+        jc.quantize, bits=4, group=2, scales=partial(jc.quantize_affine, axis=None)
+    ),
+    "quantize_tree step": grid(jc.quantize_step, step=0.25, bits=8),
+    "quantize_tree interval": grid(jc.quantize_interval, lo=-1, hi=1),
+    "quantize_tree ternary": grid(jc.quantize_ternary, threshold=0.7),
+    "quantize_tree binary": grid(jc.quantize_binary),
+    "quantize_tree stochastic": grid(partial(jc.quantize_stochastically, KEY), bits=4),
+    "quantize_tree float8": grid(jc.quantize_float),
+    "quantize_tree NF4": grid(jc.quantize_nf4),
+    "quantize_tree MXFP4": grid(jc.quantize_mx, exponent=jc.quant.best_exponent),
+    "quantize_tree MXFP8": grid(jc.quantize_mx, dtype=jnp.float8_e5m2),
+    "quantize_tree NVFP4": grid(jc.quantize_nvfp4),
+    "quantize_tree bfloat16": grid(jc.quant.to_float, dtype=jnp.bfloat16),
+    "quantize_tree to a rate": grid(jc.quantize_to_rate, rate=60.0),
+    "palettize zero": mapped(
+        lambda x: jc.palettize(x, 4, centroids=jc.share.zero_centroids)
+    ),
+    "palettize exact": mapped(
+        lambda x: jc.palettize(x, 4, centroids=jc.share.exact_centroids)
+    ),
+    "palettize Lloyd": mapped(lambda x: jc.palettize(x, 4, centroids=jc.share.lloyd)),
+    "palettize_at_price": mapped(lambda x: jc.palettize_at_price(x, 1e-3)),
+    "palettize_rows": mapped(lambda x: jc.palettize_rows(x, 3)),
+    "palettize_vectors": mapped(lambda x: jc.palettize_vectors(KEY, x, 4, 2)),
+    "share_together": lambda t: jc.share_together(t, 4),
+    "pack_nonzero": mapped(jc.pack_nonzero),
+    "factorize": mapped(lambda x: jc.factorize(x, 1)),
+    "share_basis": lambda t: jc.share_basis(t, [("good/kernel", "bad/kernel")], 2),
+    "similar_layers": lambda t: jc.share.similar_layers(t, ["good", "bad"], 1),
 }
 
 
@@ -140,3 +213,88 @@ def test_a_truncated_and_a_foreign_file_are_errors_that_name_the_file(tmp_path):
     file.write_bytes(b"PK\x03\x04 some archive, not a model at all")
     with pytest.raises(ValueError, match=r"model\.jxc .* something else"):
         jc.load(file)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", MORE)
+def test_no_function_takes_a_bad_value(name, value):
+    text = (
+        r"needs finite values, but leaf 'bad/kernel' float32\[3, 4\] holds "
+        rf"{value} at index \(1, 2\)"
+    )
+    with pytest.raises(ValueError, match=text):
+        MORE[name](tree(spoilt(value)))
+
+
+# Values that a user may have; a new shape would have to be compiled for each function.
+ODD = {
+    "zeros": np.zeros((3, 4)),
+    "constant": np.full((3, 4), 0.37),
+    "subnormal": np.full((3, 4), 1e-41),
+    "huge": np.where(np.eye(3, 4), 1e37, -1e37),
+    "far apart": np.where(np.eye(3, 4), 1e30, 1e-30),
+}
+NO_ZEROS = "exact zeros|inside vectors|zeros"  # a product, a vector: said so
+
+
+def dense_of(found):
+    return [np.asarray(x) for x in jax.tree.leaves(jc.densify(found))]
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", [n for n in MORE if n != "similar_layers"])
+def test_odd_values_give_finite_ones_and_zeros_stay(name, kind):
+    x = ODD[kind].astype(np.float32)
+    given = {"good": {"kernel": jnp.asarray(GOOD)}, "bad": {"kernel": jnp.asarray(x)}}
+    if name == "quantize_tree step" and kind in ("huge", "far apart"):
+        with pytest.raises(
+            ValueError, match="needs .* bits|finite values of .x / step"
+        ):
+            MORE[name](given)
+        return
+    for array in dense_of(MORE[name](given)):
+        assert np.isfinite(array).all()
+    if kind == "zeros":
+        assert not np.asarray(jc.densify(MORE[name](given))["bad"]["kernel"]).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (0, 4)])
+@pytest.mark.parametrize("name", [n for n in MORE if n != "share_basis"])
+def test_a_leaf_of_one_value_or_none_works_or_is_an_error_that_names_it(name, shape):
+    bad = jnp.full(shape, 0.5)
+    if name == "similar_layers":
+        layers = {"good": {"kernel": bad}, "bad": {"kernel": bad + 1}}
+        assert MORE[name](layers) == [("good", "bad")]
+        return
+    try:
+        found = MORE[name](tree(bad))
+    except ValueError as error:
+        assert shape == (0, 4) and "bad/kernel" in str(error), error
+        return
+    array = np.asarray(jc.densify(found)["bad"]["kernel"])
+    assert array.shape == shape and np.isfinite(array).all()
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        (3, 4),
+        elements=st.one_of(
+            st.sampled_from([0.0, -0.0, 1e37, -1e37, 1e-37, 1e-41, 3e38]),
+            st.floats(-10, 10, width=32),
+        ),
+    )
+)
+@settings(max_examples=10)
+def test_any_finite_values_give_finite_ones_and_zeros_stay(x):
+    for name in (
+        *("quantize_tree affine", "quantize_tree percentile", "quantize_tree NF4"),
+        *("quantize_tree least error", "quantize_tree double", "quantize_tree MXFP4"),
+        *("quantize_tree NVFP4", "quantize_tree ternary", "quantize_tree float8"),
+        *("palettize zero", "palettize Lloyd", "palettize_rows", "share_together"),
+    ):
+        dense = np.asarray(
+            jc.densify(MORE[name](tree(jnp.asarray(x))))["bad"]["kernel"]
+        )
+        assert np.isfinite(dense).all(), name
+        assert not dense[x == 0].any(), name
