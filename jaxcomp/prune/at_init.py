@@ -82,9 +82,9 @@ def saliency(loss: Callable[[Any], jax.Array], params: Any) -> Any:
     >>> saliency(lambda p: jnp.sum(p["a"] ** 2), {"a": jnp.array([1.0, -3.0])})
     {'a': Array([ 2., 18.], dtype=float32)}
     """
-    values, rest = _parted(params)
-    slopes = jax.grad(_number("saliency", loss, rest))(values)
-    return jax.tree.map(jnp.abs, _products(values, slopes, rest))
+    values, rest = parted(params)
+    slopes = jax.grad(checked_loss("saliency", loss, rest))(values)
+    return jax.tree.map(jnp.abs, products(values, slopes, rest))
 
 
 def grasp(loss: Callable[[Any], jax.Array], params: Any) -> Any:
@@ -111,11 +111,11 @@ def grasp(loss: Callable[[Any], jax.Array], params: Any) -> Any:
     >>> grasp(loss, {"a": jnp.array(1.0), "b": jnp.array(2.0)})
     {'a': Array(9., dtype=float32), 'b': Array(4., dtype=float32)}
     """
-    values, rest = _parted(params)
+    values, rest = parted(params)
     slopes, hessian_times = jax.linearize(
-        jax.grad(_number("grasp", loss, rest)), values
+        jax.grad(checked_loss("grasp", loss, rest)), values
     )
-    return _products(values, hessian_times(slopes), rest)
+    return products(values, hessian_times(slopes), rest)
 
 
 def synflow(f: Callable[[Any, Any], jax.Array], params: Any, x: Any) -> Any:
@@ -156,7 +156,7 @@ def synflow(f: Callable[[Any, Any], jax.Array], params: Any, x: Any) -> Any:
             f"synflow needs a floating x, got {_word(x)}. Let f begin where its input "
             "is floating, e.g. behind an embedding."
         )
-    values, rest = _parted(params)
+    values, rest = parted(params)
     sizes = jax.tree.map(jnp.abs, values)
 
     def flow(sizes: Any) -> jax.Array:
@@ -168,7 +168,7 @@ def synflow(f: Callable[[Any, Any], jax.Array], params: Any, x: Any) -> Any:
             )
         return jnp.sum(outputs, dtype=_check.wide(outputs.dtype))
 
-    return _products(sizes, jax.grad(flow)(sizes), rest)
+    return products(sizes, jax.grad(flow)(sizes), rest)
 
 
 def masks_in_rounds(
@@ -283,7 +283,7 @@ def _word(x: Any) -> str:
     return _check.describe(x) if _check.is_array(x) else repr(x)
 
 
-def _parted(params: Any) -> tuple[Any, Any]:
+def parted(params: Any) -> tuple[Any, Any]:
     """What to differentiate by, and the rest: `split`, with nodes as their arrays."""
     _, leaves, treedef = flatten(params)
     values = [
@@ -295,7 +295,7 @@ def _parted(params: Any) -> tuple[Any, Any]:
     return split(jax.tree.unflatten(treedef, values))
 
 
-def _number(
+def checked_loss(
     caller: str, loss: Callable[[Any], jax.Array], rest: Any
 ) -> Callable[[Any], jax.Array]:
     """The loss as a function of the floating leaves, checked to give one number."""
@@ -312,7 +312,7 @@ def _number(
     return checked
 
 
-def _products(values: Any, slopes: Any, rest: Any) -> Any:
+def products(values: Any, slopes: Any, rest: Any) -> Any:
     """Weights times slopes; zeros where there is no slope."""
 
     def product(value: jax.Array, slope: jax.Array) -> jax.Array:

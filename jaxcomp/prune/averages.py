@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxcomp import _check
 from jaxcomp.node import densify
-from jaxcomp.prune.at_init import _number, _parted, _products, given
+from jaxcomp.prune.at_init import checked_loss, given, parted, products
 from jaxcomp.prune.scores import Score
 from jaxcomp.tree import join
 
@@ -33,10 +33,10 @@ def gradients(loss: Callable[[Any], jax.Array], params: Any) -> Any:
     >>> gradients(lambda p: jnp.sum(p["a"] ** 2), {"a": jnp.array([1.0, -3.0])})
     {'a': Array([2., 6.], dtype=float32)}
     """
-    values, rest = _parted(params)
-    slopes = jax.grad(_number("gradients", loss, rest))(values)
+    values, rest = parted(params)
+    slopes = jax.grad(checked_loss("gradients", loss, rest))(values)
     ones = jax.tree.map(lambda value: jnp.ones((), value.dtype), values)
-    return jax.tree.map(jnp.abs, _products(ones, slopes, rest))
+    return jax.tree.map(jnp.abs, products(ones, slopes, rest))
 
 
 def mean_squares(
@@ -71,7 +71,7 @@ def mean_squares(
     >>> mean_squares(gradients, loss, {"a": jnp.ones(2)}, batches)
     {'a': Array([5., 2.], dtype=float32)}
     """
-    values, rest = _parted(params)
+    values, rest = parted(params)
 
     @jax.jit
     def squares(values: Any, batch: Any) -> Any:

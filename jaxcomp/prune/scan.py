@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import _check
-from jaxcomp.node import flatten, is_compressed
-from jaxcomp.prune.at_init import _number, _parted
+from jaxcomp.node import dense_of, flatten, is_compressed, resolver
+from jaxcomp.prune.at_init import checked_loss, parted
 from jaxcomp.prune.budgets import Budget
 from jaxcomp.prune.oneshot import unique_names
 from jaxcomp.prune.scores import Score, magnitude
@@ -73,15 +73,19 @@ def scan(
             f"{list(levels)}. The loss at 0 is found in any case."
         )
     chosen = jax.tree.leaves(select(params, where, compressed=True))
-    paths, leaves, treedef = flatten(join(*_parted(params)))
+    paths, leaves, treedef = flatten(join(*parted(params)))
     names = unique_names(paths)
-    taken = {i: jnp.asarray(leaf) for i, leaf in enumerate(leaves) if chosen[i]}
+    whole = resolver("scan", paths, flatten(params)[1])
+    taken = {i: dense_of(whole(i)) for i in range(len(leaves)) if chosen[i]}
+    leaves = [taken.get(i, leaf) for i, leaf in enumerate(leaves)]
     check_finite("scan", [(paths[i], leaf) for i, leaf in taken.items()])
 
     is_value = [_check.is_array(leaf) and not is_compressed(leaf) for leaf in leaves]
     rest = [None if v else leaf for v, leaf in zip(is_value, leaves, strict=True)]
     run = jax.jit(
-        _number("scan", lambda whole: loss(jax.tree.unflatten(treedef, whole)), rest)
+        checked_loss(
+            "scan", lambda whole: loss(jax.tree.unflatten(treedef, whole)), rest
+        )
     )
 
     def loss_of(leaves: list[Any], what: str) -> float:

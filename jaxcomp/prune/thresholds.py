@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
-from jaxcomp.node import dense_of, flatten
+from jaxcomp.node import dense_of, flatten, resolver
 from jaxcomp.prune.oneshot import chosen_masks
 from jaxcomp.prune.scores import Score, magnitude
 from jaxcomp.tree import Where, check_finite, is_matrix, list_paths, select
@@ -49,7 +49,8 @@ def masks_above(
     """
     chosen = jax.tree.leaves(select(params, where, compressed=True))
     paths, leaves, treedef = flatten(params)
-    taken = {i: dense_of(leaf) for i, leaf in enumerate(leaves) if chosen[i]}
+    whole = resolver("masks_above", paths, leaves)
+    taken = {i: dense_of(whole(i)) for i in range(len(leaves)) if chosen[i]}
     check_finite("masks_above", [(paths[i], leaf) for i, leaf in taken.items()])
     found = chosen_masks(paths, taken, threshold, score, _above)
     keep = jnp.ones((), bool)

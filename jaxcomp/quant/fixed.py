@@ -16,7 +16,7 @@ from jaxcomp.quant.grid import (
     symmetric_zero,
     to_groups,
 )
-from jaxcomp.quant.uniform import _zero_of, spacing
+from jaxcomp.quant.uniform import spacing, zero_of
 
 
 def quantize_step(x: jax.Array, step: float, bits: int | None = None) -> QTensor:
@@ -115,4 +115,4 @@ def quantize_interval(x: jax.Array, lo: float, hi: float, bits: int = 8) -> QTen
     shape = to_groups(x, (), group).shape[:2]
     lower, upper = jnp.full(shape, low, wide), jnp.full(shape, high, wide)
     scale = spacing(lower, upper, bits, x.dtype)
-    return placed(x, scale, _zero_of(lower, scale, bits), bits, (), group)
+    return placed(x, scale, zero_of(lower, scale, bits), bits, (), group)

@@ -157,7 +157,7 @@ def quantize_affine(
     x, bits, kept, group = checked
     scale, low = _affine(x, bits, kept, group, reach)
     held = stored(scale, scales)
-    zero = _zero_of(low, dense_of(held), bits)
+    zero = zero_of(low, dense_of(held), bits)
     return placed(x, held, zero, bits, kept, group)
 
 
@@ -176,7 +176,7 @@ def _affine(
 
     def dense_at(ratio: jax.Array) -> jax.Array:
         scale = scale_at(ratio)
-        zero = _zero_of(least * ratio, scale, bits)
+        zero = zero_of(least * ratio, scale, bits)
         codes = rounded(groups.astype(x.dtype), scale, zero, bits)
         return valued(codes, scale, zero).astype(groups.dtype)
 
@@ -192,7 +192,7 @@ def spacing(low: jax.Array, high: jax.Array, bits: int, dtype: Any) -> jax.Array
 
 
 @partial(jax.jit, static_argnums=2)
-def _zero_of(low: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+def zero_of(low: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     """int32[channels, groups, 1]: the code of 0."""
     steps = in_steps(-low, scale)
     return jnp.clip(steps, 0, 2**bits - 1).astype(jnp.int32)[..., None]

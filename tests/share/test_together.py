@@ -189,3 +189,33 @@ def test_integers_tracers_and_an_empty_selection_are_errors():
         jax.eval_shape(share_together, normal())
     with pytest.raises(ValueError, match="`where` selected none of the 2 leaves"):
         share_together(params, where=jc.path_matches("none"))
+
+
+def test_masks_thresholds_and_scans_see_through_a_borrowed_codebook():
+    x = jnp.arange(1.0, 13.0).reshape(3, 4)
+    small = jc.share_together({"a": x, "b": -x / 2}, 30)
+    dense = jc.densify(small)
+    for masks in (
+        lambda t: jc.prune.masks(t, 0.5),
+        lambda t: jc.prune.masks_above(t, 3),
+    ):
+        for ours, plain in zip(
+            *map(jax.tree.leaves, map(masks, (small, dense))), strict=True
+        ):
+            np.testing.assert_array_equal(ours, plain)
+        pruned = jc.apply_masks(small, masks(small))
+        assert type(pruned["b"]) is type(small["b"])
+        np.testing.assert_array_equal(
+            jc.densify(pruned)["b"], jnp.where(masks(dense)["b"], dense["b"], 0)
+        )
+
+    def loss(params):
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+    one = jc.prune.scan(lambda p: loss(jc.densify(p)), dense, [0.5])
+    assert (
+        jc.prune.scan(
+            lambda p: loss({"a": dense["a"], "b": p["b"]}), small, [0.5]
+        ).losses["b"]
+        == one.losses["b"]
+    )
