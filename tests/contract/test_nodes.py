@@ -168,6 +168,14 @@ def raw(tree):
     return treedef, [(a.dtype, a.shape, a.tobytes()) for a in arrays]
 
 
+def assert_same(found, expected, tree):
+    """To the bit; products of factors to the order in which a device sums them."""
+    if any(isinstance(node, FACTORS) for node in nodes(tree)):
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    else:
+        assert raw(found) == raw(expected)
+
+
 def squares(trainable, rest):
     dense = jax.tree.leaves(jc.densify(jc.join(trainable, rest)))
     floats = [x for x in dense if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -184,21 +192,21 @@ def test_passes_through_jit_as_argument_and_result(tree):
 
 
 def test_densify_is_the_same_under_jit(tree):
-    assert raw(jax.jit(jc.densify)(tree)) == raw(jc.densify(tree))
+    assert_same(jax.jit(jc.densify)(tree), jc.densify(tree), tree)
 
 
 def test_vmap_over_a_stack_equals_each_alone(trees, stacked):
     together = jax.vmap(jc.densify)(stacked)
     for i, tree in enumerate(trees):
         one = jax.tree.map(operator.itemgetter(i), together)
-        assert raw(one) == raw(jc.densify(tree))
+        assert_same(one, jc.densify(tree), tree)
 
 
 def test_scan_over_a_stack_equals_each_alone(trees, stacked):
     _, together = jax.lax.scan(lambda _, tree: (_, jc.densify(tree)), None, stacked)
     for i, tree in enumerate(trees):
         one = jax.tree.map(operator.itemgetter(i), together)
-        assert raw(one) == raw(jc.densify(tree))
+        assert_same(one, jc.densify(tree), tree)
 
 
 def test_the_gradient_in_its_float_arrays_is_right(tree):
@@ -298,7 +306,7 @@ def test_lowers_for_every_platform(tree):
     platforms = ("cpu", "cuda", "tpu")
     exported = jax.export.export(jax.jit(jc.densify), platforms=platforms)(tree)
     assert exported.platforms == platforms
-    assert raw(exported.call(tree)) == raw(jc.densify(tree))
+    assert_same(exported.call(tree), jc.densify(tree), tree)
 
 
 def test_new_values_do_not_trace_again(trees):
@@ -397,9 +405,12 @@ def spread_over_a_mesh():
     for name, (make, _) in ROWS.items():
         one, x = make(normal(0)), spread(normal(0), ("rows", "columns"))
         assert len(x.sharding.device_set) == 8
-        assert raw(make(x)) == raw(one), name
+        if any(isinstance(node, FACTORS) for node in nodes(one)):
+            chex.assert_trees_all_close(make(x), one, rtol=1e-4, atol=1e-5)
+        else:
+            assert raw(make(x)) == raw(one), name
         apart = jax.tree.map(lambda leaf: spread(leaf, ("rows",)), one)
-        assert raw(jax.jit(jc.densify)(apart)) == raw(jc.densify(one)), name
+        assert_same(jax.jit(jc.densify)(apart), jc.densify(one), one)
         print(name)
 
 

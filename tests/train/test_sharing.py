@@ -65,7 +65,7 @@ def gradients(x, codebook):
 
 
 @given(WEIGHTS, CODEBOOKS)
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_gradients_are_those_of_the_paper_in_numpy(x, codebook):
     args = jnp.asarray(x), jnp.asarray(codebook)
     y, (by_x, by_codebook), pulls = jax.tree.map(np.asarray, gradients(*args))
