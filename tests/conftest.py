@@ -9,7 +9,7 @@ settings.register_profile(
     "jaxcomp",
     deadline=None,  # the first example of a shape compiles
     derandomize=True,
-    max_examples=20,
+    max_examples=12,
     # `strict` is a function's fixture, and holds for every example alike.
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

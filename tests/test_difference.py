@@ -42,7 +42,7 @@ def test_the_same_tree_is_exact():
     assert "exact" in str(found)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     *[
         hnp.arrays(np.float32, (5, 7), elements=st.floats(-1e3, 1e3, width=32))

@@ -145,7 +145,7 @@ def test_boxes_are_where_the_slices_of_a_family_are():
         np.testing.assert_allclose(found[at], spans, rtol=1e-6)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.lists(st.booleans(), min_size=4, max_size=4).filter(any))
 def test_a_bar_is_the_fraction_that_is_kept(mask):
     groups = jc.coupled_groups(mlp, MLP, np.ones((5, 3)))

@@ -50,7 +50,7 @@ def test_labels_by_hand():
     np.testing.assert_allclose(found, np.log([4 / 3, 4, 2]), rtol=1e-6)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(hnp.arrays(np.float32, (2, 5, D), elements=FLOATS), st.sampled_from([3, 5, 64]))
 def test_values_and_gradients_are_those_of_all_tokens(hidden, chunk):
     chex.assert_trees_all_close(

@@ -61,7 +61,7 @@ def reference(student, teacher, temperature):
     return [temperature**2 * np.array(x) for x in (rows, columns)]
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(VALUES, VALUES, TEMPERATURES)
 def test_they_are_their_definitions_in_float64(student, teacher, temperature):
     found = both_losses(student, teacher, temperature)

@@ -52,7 +52,7 @@ def both_losses(student, teacher, labels, temperature):
     )
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(LOGITS, LOGITS, LABELS, TEMPERATURES)
 def test_is_the_definition_in_float64(student, teacher, labels, temperature):
     found, *_ = both_losses(student, teacher, labels, temperature)
@@ -60,7 +60,7 @@ def test_is_the_definition_in_float64(student, teacher, labels, temperature):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-4 * temperature**2)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(LOGITS, LOGITS, LABELS, TEMPERATURES)
 def test_with_the_weight_of_the_others_it_is_the_soft_target_loss(
     student, teacher, labels, temperature

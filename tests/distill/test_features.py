@@ -83,7 +83,7 @@ def test_products_sums_and_what_flows_in_by_hand():
     assert found.features.keys() == {"product", "sum", "in", "x"}
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(hnp.arrays(np.float32, (4, 3), elements=FLOATS))
 def test_a_feature_is_what_numpy_finds(x):
     g = jax.jit(with_features(two_layers, {"sum": "a/bias"}, inputs={"in": "b/kernel"}))

@@ -46,7 +46,7 @@ def test_a_net_of_two_numbers_by_hand():
     ]
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(hnp.arrays(np.float32, (2, 3, 1), elements=st.integers(-8, 8)))
 def test_every_leaf_is_changed_alone(x):
     y = x + 1

@@ -262,7 +262,7 @@ def test_a_map_can_be_read_while_tracing():
     np.testing.assert_array_equal(g(W), W.reshape(6, 4).T)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     hnp.arrays(np.float32, (4, 6), elements=st.floats(-4, 4, width=32)),
     st.permutations([0, 1, 2, 3]),

@@ -35,7 +35,7 @@ def test_whole_units_go_with_their_bias():
 
 
 @given(hnp.arrays(bool, SHAPES["kernel"]), hnp.arrays(bool, SHAPES["bias"]))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_a_bias_of_several_axes_stays_where_any_weight_does(kernel, bias):
     found = mask_biases(PARAMS, {"attention": layer(kernel, bias)})
     expected = kernel.any(axis=0) & bias  # what was removed stays removed

@@ -91,7 +91,7 @@ def test_masks_that_cut_nothing_keep_everything():
     assert all(kept.all() for kept in kept_groups(masks, FAMILIES).values())
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(KEEPS)
 def test_masks_are_those_of_a_loop_and_give_the_groups_back(keep):
     keep = {name: np.array(kept) for name, kept in keep.items()}

@@ -126,7 +126,7 @@ NORMS = {
 def test_norms_are_those_of_a_loop_over_groups(score, strict):
     run = jax.jit(partial(score, families=FAMILIES))
 
-    @settings(max_examples=20)
+    @settings(max_examples=12)
     @given(FLATS)
     def check(flat):
         params = tree_of(flat)

@@ -141,7 +141,7 @@ RISES = st.tuples(*[st.integers(1, 50)] * 3).map(np.cumsum)
 
 
 @given(st.tuples(*[RISES] * 4), st.integers(0, 36))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_counts_are_those_of_a_bisection_in_floats(rises, zeros):
     sizes = np.array([10, 21, 0, 10])
 
@@ -162,7 +162,7 @@ def test_counts_are_those_of_a_bisection_in_floats(rises, zeros):
     st.tuples(*[st.tuples(*[st.integers(-2, 2)] * 3)] * 4),
     st.sampled_from([0.1, 0.35, 0.5, 0.77, 0.9]),
 )
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_the_total_is_exact_and_no_leaf_goes_beyond_the_levels(rises, sparsity):
     found = np.array(counts(curves(*rises), sparsity))
     assert found.sum() == round(sparsity * 41)

@@ -25,7 +25,7 @@ def test_weights_of_at_least_the_threshold_stay():
     hnp.arrays(np.float32, (8, 5), elements=st.floats(-9, 9, width=16)),
     st.floats(0.125, 3, width=32),
 )
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_a_number_of_deviations_is_the_rule_of_han(w, quality):
     mask = masks_above({"a": jnp.asarray(w)}, quality, score=deviations)["a"]
     bound = quality * np.std(w, dtype=np.float64)

@@ -336,7 +336,7 @@ def test_padding_that_is_something_else_stays(place):
     st.integers(2, 12),
     st.booleans(),
 )
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_nodes_of_any_lanes_come_back(
     tmp_path_factory, rows, live, group, bits, uneven
 ):

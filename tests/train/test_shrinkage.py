@@ -95,7 +95,7 @@ def l1_of(w, updates, strength):
 
 
 @given(VALUES, VALUES, STRENGTHS)
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_l1_is_the_soft_threshold_whatever_the_weights(w, u, strength):
     found = l1_of(w, u, jnp.float32(strength))
     expected = soft(w.astype(np.float64) + u, strength)
@@ -144,7 +144,7 @@ def groups_of(w, updates, strength, axis):
 
 
 @given(VALUES, VALUES, STRENGTHS, st.sampled_from([0, -1]))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_groups_are_those_of_a_plain_loop_whatever_the_weights(w, u, strength, axis):
     found = np.asarray(groups_of(w, u, jnp.float32(strength), axis))
     np.testing.assert_allclose(found, units(w + u, strength, axis), atol=2e-6)
@@ -182,7 +182,7 @@ def test_a_coupled_unit_dies_in_all_its_leaves_at_once():
 
 
 @given(VALUES, STRENGTHS)
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_coupled_groups_of_one_slice_are_plain_groups(w, strength):
     np.testing.assert_array_equal(
         coupled_of(w, jnp.float32(strength)),
