@@ -1,5 +1,9 @@
 """What every test runs under: see STYLE.md, rule 32."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
@@ -9,7 +13,7 @@ settings.register_profile(
     "jaxcomp",
     deadline=None,  # the first example of a shape compiles
     derandomize=True,
-    max_examples=12,
+    max_examples=30,
     # `strict` is a function's fixture, and holds for every example alike.
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -26,3 +30,26 @@ def no_rank_promotion():
 def strict():
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def on_eight_devices():
+    """Runs a file as a script where there are eight virtual devices: what it prints."""
+
+    def run(path):
+        # A process of its own: devices are counted when JAX starts.
+        flags = (
+            "--xla_force_host_platform_device_count=8"
+            " --xla_backend_optimization_level=0"
+            " --xla_llvm_disable_expensive_passes=true"
+        )
+        found = subprocess.run(
+            [sys.executable, path],
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert found.returncode == 0, found.stderr
+        return found.stdout.splitlines()
+
+    return run

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcomp as jc
@@ -42,7 +42,6 @@ def test_the_same_tree_is_exact():
     assert "exact" in str(found)
 
 
-@settings(max_examples=12)
 @given(
     *[
         hnp.arrays(np.float32, (5, 7), elements=st.floats(-1e3, 1e3, width=32))

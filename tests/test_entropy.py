@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcomp import entropy
@@ -521,7 +521,6 @@ def test_symbols_that_do_not_change_are_one_block():
     ),
     st.sampled_from([np.uint8, np.uint16]),
 )
-@settings(max_examples=12)
 def test_whatever_changes_comes_back_and_never_costs_more_than_one_block(parts, dtype):
     symbols = changing(*parts).astype(dtype)
     stream = encode_symbols(symbols)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcomp as jc
@@ -28,7 +28,6 @@ def test_one_leaf_by_hand():
     assert row.histogram == (1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 2)
 
 
-@settings(max_examples=12)
 @given(hnp.arrays(np.float32, (6, 5), elements=st.floats(-9, 9, width=16)))
 def test_the_numbers_are_those_of_a_plain_count(x):
     row = only(x)

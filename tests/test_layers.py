@@ -12,7 +12,7 @@ ROOT = Path(jaxcomp.__file__).parent
 
 # DESIGN.md, "Files and levels". A room is a file or a folder of the package.
 LEVELS = {
-    **dict.fromkeys(["_check", "bits", "cuts", "node", "tables"], 0),
+    **dict.fromkeys(["_check", "_extremes", "bits", "cuts", "node", "tables"], 0),
     **dict.fromkeys(["tree", "entropy", "coders", "schedules"], 1),
     **dict.fromkeys(["prune", "quant", "share", "lowrank"], 2),
     **dict.fromkeys(["train", "storage", "testing", "program", "solve"], 3),

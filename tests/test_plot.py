@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcomp as jc
@@ -145,7 +145,6 @@ def test_boxes_are_where_the_slices_of_a_family_are():
         np.testing.assert_allclose(found[at], spans, rtol=1e-6)
 
 
-@settings(max_examples=12)
 @given(st.lists(st.booleans(), min_size=4, max_size=4).filter(any))
 def test_a_bar_is_the_fraction_that_is_kept(mask):
     groups = jc.coupled_groups(mlp, MLP, np.ones((5, 3)))

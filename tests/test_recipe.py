@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcomp as jc
@@ -113,7 +113,6 @@ def direct(prune, store, x):
 CHOICES = st.tuples(st.sampled_from([*PRUNE]), st.sampled_from([*STORE])).filter(any)
 
 
-@settings(max_examples=12)
 @given(CHOICES, CHOICES, st.integers(0, 99))
 def test_a_plan_applied_is_its_functions_applied(first, second, seed):
     words, special = ({**PRUNE[p][0], **STORE[s][0]} for p, s in (first, second))

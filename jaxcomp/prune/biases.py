@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxcomp import _check
 from jaxcomp.node import TiedTensor, flatten
+from jaxcomp.prune.oneshot import checked_masks
 from jaxcomp.tree import last_key, list_paths
 
 
@@ -41,13 +42,7 @@ def mask_biases(params: Any, masks: Any, axis: int = -1) -> Any:
     Array([False,  True], dtype=bool)
     """
     paths, leaves, treedef = flatten(params)
-    given: Any = jax.tree.structure(masks)
-    if given != jax.tree.structure(jax.tree.unflatten(treedef, [True] * len(leaves))):
-        raise ValueError(
-            f"mask_biases needs masks shaped like params, got {given} for {treedef}. "
-            "Make them with `prune.masks(params, ...)`."
-        )
-    before = jax.tree.leaves(masks)
+    before = checked_masks("mask_biases", masks, treedef)
     kernels: dict[str, list[jax.Array]] = {}
     for path, mask in zip(paths, before, strict=True):
         if last_key(path) != "bias" and jnp.ndim(mask):

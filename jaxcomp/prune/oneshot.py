@@ -52,12 +52,19 @@ def masks(
     {'bias': Array(True, dtype=bool),
      'kernel': Array([[False,  True,  True, False]], dtype=bool)}
     """
+    return masks_by("masks", params, sparsity, score, budget, where)
+
+
+def masks_by(
+    caller: str, params: Any, level: Any, score: Score, budget: Budget, where: Where
+) -> Any:
+    """Masks that ``budget`` makes of ``level`` and the scores of what is selected."""
     chosen = jax.tree.leaves(select(params, where, compressed=True))
     paths, leaves, treedef = flatten(params)
-    whole = resolver("masks", paths, leaves)
+    whole = resolver(caller, paths, leaves)
     taken = {i: dense_of(whole(i)) for i in range(len(leaves)) if chosen[i]}
-    check_finite("masks", [(paths[i], leaf) for i, leaf in taken.items()])
-    found = chosen_masks(paths, taken, sparsity, score, budget)
+    check_finite(caller, [(paths[i], leaf) for i, leaf in taken.items()])
+    found = chosen_masks(paths, taken, level, score, budget)
     keep = jnp.ones((), bool)
     return jax.tree.unflatten(treedef, [found.get(i, keep) for i in range(len(leaves))])
 
@@ -100,13 +107,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
     {'kernel': Array([1., 0.], dtype=float32)}
     """
     paths, leaves, treedef = flatten(params)
-    given: Any = jax.tree.structure(masks)
-    if given != jax.tree.structure(jax.tree.unflatten(treedef, [True] * len(leaves))):
-        raise ValueError(
-            f"apply_masks needs masks shaped like params, got {given} for {treedef}. "
-            "Make them with `prune.masks(params, ...)`."
-        )
-
+    chosen = checked_masks("apply_masks", masks, treedef)
     whole = resolver("apply_masks", paths, leaves)
 
     def apply(i: int, mask: Any) -> Any:
@@ -130,8 +131,19 @@ def apply_masks(params: Any, masks: Any) -> Any:
             )
         return leaf
 
-    rows = enumerate(jax.tree.leaves(masks))
-    return jax.tree.unflatten(treedef, [apply(*row) for row in rows])
+    return jax.tree.unflatten(treedef, [apply(*row) for row in enumerate(chosen)])
+
+
+def checked_masks(caller: str, masks: Any, treedef: Any) -> list[Any]:
+    """The leaves of masks that are one for each leaf of the params, nodes as one."""
+    found: Any = jax.tree.structure(masks)
+    ones = jax.tree.unflatten(treedef, [True] * treedef.num_leaves)
+    if found != jax.tree.structure(ones):
+        raise ValueError(
+            f"{caller} needs masks shaped like params, got {found} for {treedef}. "
+            "Make them with `prune.masks(params, ...)`."
+        )
+    return jax.tree.leaves(masks)
 
 
 def prune_tree(params: Any, theta: float, *, where: Where = is_matrix) -> Any:

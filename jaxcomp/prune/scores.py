@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
+from jaxcomp._extremes import unit_near
 
 
 Score = Callable[[Any], Any]
@@ -95,8 +96,3 @@ def _deviations(w: jax.Array) -> jax.Array:
     size = jnp.abs(x)
     equal = jnp.where(size > 0, jnp.inf, 0)
     return jnp.where(reach > 0, size / jnp.where(reach > 0, deviation, 1), equal)
-
-
-def unit_near(size: jax.Array) -> jax.Array:
-    """A power of 2 that brings values of this size away from both ends of float32."""
-    return jnp.where(size > 1, 2.0**-24, 2.0**24).astype(size.dtype)

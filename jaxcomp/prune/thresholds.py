@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
-from jaxcomp.node import dense_of, flatten, resolver
-from jaxcomp.prune.oneshot import chosen_masks
+from jaxcomp.prune.oneshot import masks_by
 from jaxcomp.prune.scores import Score, magnitude
-from jaxcomp.tree import Where, check_finite, is_matrix, list_paths, select
+from jaxcomp.tree import Where, is_matrix, list_paths
 
 
 def masks_above(
@@ -47,14 +46,7 @@ def masks_above(
     >>> masks_above(params, 1.5, score=deviations)
     {'kernel': Array([[ True, False, False,  True, False]], dtype=bool)}
     """
-    chosen = jax.tree.leaves(select(params, where, compressed=True))
-    paths, leaves, treedef = flatten(params)
-    whole = resolver("masks_above", paths, leaves)
-    taken = {i: dense_of(whole(i)) for i in range(len(leaves)) if chosen[i]}
-    check_finite("masks_above", [(paths[i], leaf) for i, leaf in taken.items()])
-    found = chosen_masks(paths, taken, threshold, score, _above)
-    keep = jnp.ones((), bool)
-    return jax.tree.unflatten(treedef, [found.get(i, keep) for i in range(len(leaves))])
+    return masks_by("masks_above", params, threshold, score, _above, where)
 
 
 def _above(scores: Mapping[str, jax.Array], threshold: Any) -> dict[str, jax.Array]:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
+from jaxcomp._extremes import unit_near
 from jaxcomp.prune.patterns import axis_of
-from jaxcomp.prune.scores import Score, unit_near
+from jaxcomp.prune.scores import Score
 from jaxcomp.tree import map_where
 
 

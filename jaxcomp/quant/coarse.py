@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
+from jaxcomp._extremes import unit_near
 from jaxcomp.quant.grid import (
     Axis,
     QTensor,
@@ -20,7 +21,6 @@ from jaxcomp.quant.grid import (
     symmetric_zero,
     to_groups,
 )
-from jaxcomp.quant.ranges import unit_near
 
 
 BITS = 2

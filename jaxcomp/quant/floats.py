@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxcomp import _check
 from jaxcomp import bits as packing
+from jaxcomp._extremes import divided
 from jaxcomp.node import CompressedArray, dense_of, is_compressed
 from jaxcomp.quant.grid import (
     Axis,
@@ -25,7 +26,7 @@ from jaxcomp.quant.grid import (
     scale_for,
     to_groups,
 )
-from jaxcomp.quant.ranges import Range, Rounded, divided, largest
+from jaxcomp.quant.ranges import Range, Rounded, largest
 
 
 POWERS = "float8_e8m0fnu"  # the exponent of a float32, without sign or fraction

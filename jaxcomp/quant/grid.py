@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from jaxcomp import _check
 from jaxcomp import bits as packing
+from jaxcomp._extremes import divided
 from jaxcomp.node import CompressedArray, dense_of, is_compressed
-from jaxcomp.quant.ranges import divided
 
 
 Axis = int | tuple[int, ...] | None

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxcomp import _check
 from jaxcomp import bits as packing
+from jaxcomp._extremes import divided
 from jaxcomp.quant.grid import (
     Axis,
     QTensor,
@@ -21,7 +22,6 @@ from jaxcomp.quant.grid import (
     scale_for,
     to_groups,
 )
-from jaxcomp.quant.ranges import divided, unit_near
 
 
 _TOP = 2 ** (packing.WIDEST - 1) - 1  # the largest code, that many steps from 0
@@ -119,11 +119,9 @@ def _sizes(groups: jax.Array) -> jax.Array:
     """float[channels, groups]: root mean square of the weights that are not 0."""
     wide = groups.astype(_check.wide(groups.dtype))
     most = jnp.max(jnp.abs(wide), axis=-1, initial=0)
-    unit = 1 / jnp.where(most > 0, most, 1)  # so that no square overflows
-    unit = jnp.where(most < 1e-30, unit_near(most), unit)
-    total = jnp.sum((wide * unit[..., None]) ** 2, axis=-1)
+    total = jnp.sum(divided(wide, most[..., None]) ** 2, axis=-1)  # none overflows
     count = jnp.maximum(jnp.sum(wide != 0, axis=-1, dtype=jnp.int32), 1)
-    return scale_for(jnp.sqrt(total / count.astype(total.dtype)) / unit, 1, wide.dtype)
+    return scale_for(most * jnp.sqrt(total / count.astype(total.dtype)), 1, wide.dtype)
 
 
 @jax.jit

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
+from jaxcomp._extremes import unit_near
 from jaxcomp.quant.grid import (
     Axis,
     QTensor,
@@ -21,7 +22,6 @@ from jaxcomp.quant.grid import (
     symmetric_zero,
     to_groups,
 )
-from jaxcomp.quant.ranges import unit_near
 
 
 # Ratios to the scale of the largest magnitude: 1/48 to 96/48, that is 2% to 200%. Those

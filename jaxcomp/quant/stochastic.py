@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
+from jaxcomp._extremes import divided
 from jaxcomp.node import dense_of
 from jaxcomp.quant.grid import QTensor, packed, to_groups
-from jaxcomp.quant.ranges import divided
 from jaxcomp.quant.uniform import quantize
 
 

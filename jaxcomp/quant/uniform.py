@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
+from jaxcomp._extremes import unit_near
 from jaxcomp.node import dense_of
 from jaxcomp.quant.grid import (
     Axis,
@@ -22,7 +23,7 @@ from jaxcomp.quant.grid import (
     to_groups,
     valued,
 )
-from jaxcomp.quant.ranges import Range, largest, unit_near
+from jaxcomp.quant.ranges import Range, largest
 from jaxcomp.tree import Where, is_matrix, map_where
 
 

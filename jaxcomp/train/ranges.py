@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp import _check
+from jaxcomp._extremes import unit_near
 from jaxcomp.prune.top import top_masks
 from jaxcomp.quant.grid import in_steps, scale_for
-from jaxcomp.quant.ranges import unit_near
 
 
 def moving_range(

@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 import operator
-import os
-import subprocess
-import sys
 
 import chex
 import jax
@@ -414,16 +411,8 @@ def spread_over_a_mesh():
         print(name)
 
 
-def test_eight_devices_make_the_same_node_and_the_same_array():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count"
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"XLA_FLAGS": f"{flags}=8", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split("\n")[:-1] == list(ROWS)
+def test_eight_devices_make_the_same_node_and_the_same_array(on_eight_devices):
+    assert on_eight_devices(__file__) == list(ROWS)
 
 
 if __name__ == "__main__":

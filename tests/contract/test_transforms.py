@@ -5,9 +5,6 @@ row of `ROWS` on a mesh of devices.
 """
 
 import operator
-import os
-import subprocess
-import sys
 from functools import partial
 
 import chex
@@ -581,19 +578,10 @@ def train_on_a_mesh():
         print(name)
 
 
-def test_eight_devices_do_what_one_does_and_masks_stay_where_their_weights_are():
-    # A process of its own: devices are counted when JAX starts.
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    )
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split("\n")[:-1] == list(ROWS)
+def test_eight_devices_do_what_one_does_and_masks_stay_where_their_weights_are(
+    on_eight_devices,
+):
+    assert on_eight_devices(__file__) == list(ROWS)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -43,7 +43,6 @@ def test_a_class_that_wins_as_often_as_it_should_keeps_its_logits():
     np.testing.assert_array_equal(unseen_class_bias(logits, {0: 0.5}), [0, 0])
 
 
-@settings(max_examples=12)
 @given(DISTINCT, st.floats(0, 1))
 def test_one_class_wins_in_the_nearest_number_that_ties_allow(logits, fraction):
     bias = unseen_class_bias(logits, {1: fraction})
@@ -56,7 +55,6 @@ def test_one_class_wins_in_the_nearest_number_that_ties_allow(logits, fraction):
         assert off == 0
 
 
-@settings(max_examples=12)
 @given(DISTINCT, st.floats(0, 0.5), st.floats(0, 0.5))
 def test_the_seen_classes_do_not_gain_on_each_other(logits, one, two):
     bias = unseen_class_bias(logits, {3: one, 0: two})

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -80,7 +80,6 @@ def test_logits_in_float32_are_the_live_ones_in_any_order(tmp_path):
     assert cache.rows(np.zeros((0,), int)).shape == (0, CLASSES)
 
 
-@settings(max_examples=12)
 @given(
     hnp.arrays(np.float32, (2, CLASSES), elements=st.floats(-65504, 65504, width=32))
 )

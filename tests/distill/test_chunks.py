@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -50,7 +50,6 @@ def test_labels_by_hand():
     np.testing.assert_allclose(found, np.log([4 / 3, 4, 2]), rtol=1e-6)
 
 
-@settings(max_examples=12)
 @given(hnp.arrays(np.float32, (2, 5, D), elements=FLOATS), st.sampled_from([3, 5, 64]))
 def test_values_and_gradients_are_those_of_all_tokens(hidden, chunk):
     chex.assert_trees_all_close(

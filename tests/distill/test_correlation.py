@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
@@ -61,7 +61,6 @@ def reference(student, teacher, temperature):
     return [temperature**2 * np.array(x) for x in (rows, columns)]
 
 
-@settings(max_examples=12)
 @given(VALUES, VALUES, TEMPERATURES)
 def test_they_are_their_definitions_in_float64(student, teacher, temperature):
     found = both_losses(student, teacher, temperature)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
@@ -52,7 +52,6 @@ def both_losses(student, teacher, labels, temperature):
     )
 
 
-@settings(max_examples=12)
 @given(LOGITS, LOGITS, LABELS, TEMPERATURES)
 def test_is_the_definition_in_float64(student, teacher, labels, temperature):
     found, *_ = both_losses(student, teacher, labels, temperature)
@@ -60,7 +59,6 @@ def test_is_the_definition_in_float64(student, teacher, labels, temperature):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-4 * temperature**2)
 
 
-@settings(max_examples=12)
 @given(LOGITS, LOGITS, LABELS, TEMPERATURES)
 def test_with_the_weight_of_the_others_it_is_the_soft_target_loss(
     student, teacher, labels, temperature

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -67,7 +67,6 @@ def all_losses(student, teacher, temperature, fraction):
     )
 
 
-@settings(max_examples=12)
 @given(LOGITS, LOGITS, TEMPERATURES, FRACTIONS)
 def test_they_are_their_definitions_in_float64(student, teacher, temperature, fraction):
     q, p = predictions(student, teacher, temperature)
@@ -105,7 +104,6 @@ def test_twice_the_logits_at_twice_the_temperature_cost_four_times_as_much(loss)
     np.testing.assert_allclose(hot, 4 * loss(student, teacher, 1.0), rtol=1e-4)
 
 
-@settings(max_examples=12)
 @given(LOGITS, LOGITS)
 def test_reverse_is_forward_with_the_two_exchanged(student, teacher):
     forward, reverse = all_losses(student, teacher, 2.0, 0.5)[:2]
@@ -115,7 +113,6 @@ def test_reverse_is_forward_with_the_two_exchanged(student, teacher):
     np.testing.assert_allclose(forward, back, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=12)
 @given(LOGITS, LOGITS)
 def test_jensen_shannon_is_symmetric_and_at_most_log_2(student, teacher):
     loss = all_losses(student, teacher, 1.0, 0.5)[2]
@@ -125,7 +122,6 @@ def test_jensen_shannon_is_symmetric_and_at_most_log_2(student, teacher):
     assert np.all(loss >= -1e-6)
 
 
-@settings(max_examples=12)
 @given(LOGITS, LOGITS, FRACTIONS)
 def test_a_skew_bounds_the_loss(student, teacher, skew):
     loss = all_losses(student, teacher, 1.0, skew)[3]
@@ -143,7 +139,6 @@ def test_jensen_shannon_tends_to_forward_and_reverse_at_its_ends():
     assert np.all(np.abs(near_0 - reverse) > 0.02 * reverse)  # they are not the same
 
 
-@settings(max_examples=12)
 @given(LOGITS, LOGITS)
 def test_without_a_skew_it_is_the_forward_divergence(student, teacher):
     forward = all_losses(student, teacher, 2.0, 0.5)[0]

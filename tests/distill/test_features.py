@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
@@ -83,7 +83,6 @@ def test_products_sums_and_what_flows_in_by_hand():
     assert found.features.keys() == {"product", "sum", "in", "x"}
 
 
-@settings(max_examples=12)
 @given(hnp.arrays(np.float32, (4, 3), elements=FLOATS))
 def test_a_feature_is_what_numpy_finds(x):
     g = jax.jit(with_features(two_layers, {"sum": "a/bias"}, inputs={"in": "b/kernel"}))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
@@ -82,7 +82,6 @@ def test_an_attention_map_by_hand():
     np.testing.assert_allclose(found, [2**0.5, (0.4**2 + 0.8**2) ** 0.5], rtol=1e-6)
 
 
-@settings(max_examples=12)
 @given(VALUES, VALUES)
 def test_they_are_their_definitions(student, teacher):
     expected = np.mean((np.float64(student) - teacher) ** 2, axis=-1) / 2
@@ -121,7 +120,6 @@ def test_the_cosine_is_that_of_optax():
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@settings(max_examples=12)
 @given(VALUES)
 def test_equal_features_cost_nothing_and_pull_nowhere(x):
     for name, loss in LOSSES.items():
@@ -130,7 +128,6 @@ def test_equal_features_cost_nothing_and_pull_nowhere(x):
             np.testing.assert_allclose(grad, 0, atol=1e-6, err_msg=name)
 
 
-@settings(max_examples=12)
 @given(VALUES, VALUES, st.sampled_from([1e-30, 0.25, 3.0, 1e30]))
 def test_a_scale_changes_neither_cosine_nor_attention(student, teacher, scale):
     for name in ("cosine", "attention"):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcomp.distill.intermediates import pick
@@ -64,7 +64,6 @@ def test_linen_outputs_and_what_is_sown(path, wanted):
     np.testing.assert_allclose(found["a"], wanted, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=12)
 @given(st.dictionaries(st.sampled_from("abcd"), st.integers(0, 9), min_size=1))
 def test_every_array_is_found_by_its_own_path(tree):
     nested = {"net": {key: (jnp.full(1, x), {"b": x}) for key, x in tree.items()}}

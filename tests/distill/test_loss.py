@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
@@ -56,7 +56,6 @@ def test_one_example_by_hand():
     assert state is None
 
 
-@settings(max_examples=12)
 @given(hnp.arrays(bool, 6))
 def test_what_the_mask_leaves_out_might_as_well_not_be_there(mask):
     bad = jnp.where(mask[:, None], X, jnp.nan)

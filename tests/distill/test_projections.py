@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -64,7 +64,6 @@ def test_a_projection_by_hand():
     assert params["student"] is SMALL
 
 
-@settings(max_examples=12)
 @given(hnp.arrays(np.float32, (5, 4), elements=st.floats(-10, 10, width=32)))
 def test_it_is_the_affine_map_of_numpy(x):
     f, params = with_projections(KEY, model, SMALL, model, BIG, X)

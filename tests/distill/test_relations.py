@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -159,7 +159,6 @@ def test_relations_of_tokens_by_hand():
     np.testing.assert_allclose(found, [expected / 2] * 2, rtol=1e-5)
 
 
-@settings(max_examples=12)
 @given(VALUES, VALUES)
 def test_they_are_the_plain_loops(student, teacher):
     # Small integers: ties, zeros and examples that coincide are common.
@@ -188,7 +187,6 @@ def test_they_are_what_torchdistill_says():
             np.testing.assert_allclose(np.linalg.norm(grad) / 6, slope, rtol=1e-5)
 
 
-@settings(max_examples=12)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 4]))
 def test_relations_of_tokens_are_the_plain_loops(seed, heads):
     student, teacher = pair(seed, (2, 5, 4), (2, 5, 8))
@@ -198,7 +196,6 @@ def test_relations_of_tokens_are_the_plain_loops(seed, heads):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=12)
 @given(VALUES)
 def test_equal_features_cost_nothing_and_pull_nowhere(x):
     x = np.float32(x)
@@ -208,7 +205,6 @@ def test_equal_features_cost_nothing_and_pull_nowhere(x):
         np.testing.assert_allclose(grads, 0, atol=2e-5, err_msg=name)
 
 
-@settings(max_examples=12)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1e-30, 0.5, 3.0, 1e30]))
 def test_turning_and_scaling_one_side_changes_no_relation_of_examples(seed, scale):
     student, teacher = pair(seed, (N, 4), (N, 4))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -69,7 +69,6 @@ def test_one_class_and_the_rest_by_hand():
     np.testing.assert_allclose(loss_of(jnp.zeros(2), targets, 2.0), expected, rtol=1e-6)
 
 
-@settings(max_examples=12)
 @given(LOGITS, LOGITS, TEMPERATURES)
 def test_a_few_classes_bound_the_whole_loss_from_below_and_all_reach_it(
     student, teacher, temperature
@@ -87,7 +86,6 @@ def test_a_few_classes_bound_the_whole_loss_from_below_and_all_reach_it(
     np.testing.assert_allclose(loss, whole, **room)
 
 
-@settings(max_examples=12)
 @given(LOGITS, TEMPERATURES)
 def test_equal_logits_cost_nothing(logits, temperature):
     for k in (1, 3, 6):

@@ -1,9 +1,5 @@
 """Ways to use one step: accumulation, 16 bits, teachers of all kinds, many devices."""
 
-import os
-import subprocess
-import sys
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -197,19 +193,8 @@ def distill_on_a_mesh():
         print(name)
 
 
-def test_eight_devices_do_what_one_does_however_the_teacher_lies():
-    # A process of its own: devices are counted when JAX starts.
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    )
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["replicated", "sharded", "int8"]
+def test_eight_devices_do_what_one_does_however_the_teacher_lies(on_eight_devices):
+    assert on_eight_devices(__file__) == ["replicated", "sharded", "int8"]
 
 
 if __name__ == "__main__":

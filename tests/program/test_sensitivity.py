@@ -6,7 +6,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -46,7 +46,6 @@ def test_a_net_of_two_numbers_by_hand():
     ]
 
 
-@settings(max_examples=12)
 @given(hnp.arrays(np.float32, (2, 3, 1), elements=st.integers(-8, 8)))
 def test_every_leaf_is_changed_alone(x):
     y = x + 1

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -61,7 +61,6 @@ def reference_entropy(samples, bins):
     return -(p * np.log(p)).sum()
 
 
-@settings(max_examples=12)
 @given(ROWS, KEEP, ROWS, KEEP)
 def test_a_statistic_is_that_of_all_rows_that_count(x, keep_x, y, keep_y):
     counted = np.concatenate([x[keep_x], y[keep_y]]).astype(np.float64)
@@ -176,7 +175,6 @@ def test_the_entropy_of_a_constant_is_0_and_of_a_uniform_channel_log_bins():
 FOUR = entropy(bins=4)
 
 
-@settings(max_examples=12)
 @given(hnp.arrays(np.int8, (12, 2), elements=st.integers(-64, 63)), KEEP)
 def test_entropy_is_that_of_a_histogram_from_least_to_greatest(x, keep):
     x = x.astype(np.float32) / 64

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -238,7 +238,6 @@ walked_loop = jax.jit(functools.partial(walked, loop))
 SMALL = st.floats(-4, 4, width=32)
 
 
-@settings(max_examples=12)
 @given(
     hnp.arrays(np.float32, (2, 3), elements=SMALL),
     hnp.arrays(np.float32, (3, 3), elements=SMALL),

@@ -105,7 +105,6 @@ def test_saliency_is_weight_times_gradient_by_hand():
 
 
 @drawn(hnp.arrays(np.float32, (4, 3), elements=FLOATS))
-@settings(max_examples=12)
 def test_saliency_is_that_of_numpy_for_a_linear_model(w):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(5, 4)).astype(np.float32)
@@ -197,7 +196,6 @@ def test_a_loss_that_is_not_one_number_is_an_error(score, value, got):
 
 
 @drawn(hnp.arrays(np.float32, (7,), elements=st.integers(-4, 4)))
-@settings(max_examples=12)
 def test_grasp_of_a_quadratic_loss_is_the_weight_times_a_twice(theta):
     root = np.random.default_rng(3).integers(-2, 3, (7, 7)).astype(np.float32)
     a = root + root.T  # whole numbers, so that all of it is exact
@@ -264,7 +262,6 @@ def kernels_of(tree):
 
 
 @drawn(st.integers(0, 2**31), st.sampled_from([1e-3, 1.0, 1e3]))
-@settings(max_examples=12)
 def test_every_layer_and_both_sides_of_every_unit_score_the_same(seed, scale):
     params = network((scale, 1.0, 0.1), seed)
     scores = kernels_of(flow_of(params))

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcomp.prune.group_budgets import (
@@ -90,7 +90,6 @@ def test_every_family_loses_its_own_lowest():
     assert found["stream"].tolist() == [True] * 3 + [False] * 4
 
 
-@settings(max_examples=12)
 @given(SCORES, PERCENT, MULTIPLES, st.integers(1, 4))
 def test_counts_of_families_are_exact_and_rounded_up(scores, percent, multiple, least):
     found = family_budget(
@@ -125,7 +124,6 @@ def test_the_lowest_go_wherever_they_are():
     assert found["heads"].all()
 
 
-@settings(max_examples=12)
 @given(SCORES, PERCENT, MULTIPLES, st.integers(1, 3))
 def test_global_groups_are_those_of_the_line(scores, percent, multiple, least):
     target = 20 - round(Fraction(percent, 100) * 20)
@@ -159,7 +157,6 @@ def test_a_cost_by_hand():
     assert found["b"].tolist() == [False, True, False, True]
 
 
-@settings(max_examples=12)
 @given(SCORES, PERCENT, MULTIPLES, st.integers(1, 3))
 def test_a_cost_is_met_by_the_least_of_the_line(scores, percent, multiple, least):
     whole = total(TERMS, SIZES)

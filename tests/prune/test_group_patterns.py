@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcomp as jc
@@ -91,7 +91,6 @@ def test_masks_that_cut_nothing_keep_everything():
     assert all(kept.all() for kept in kept_groups(masks, FAMILIES).values())
 
 
-@settings(max_examples=12)
 @given(KEEPS)
 def test_masks_are_those_of_a_loop_and_give_the_groups_back(keep):
     keep = {name: np.array(kept) for name, kept in keep.items()}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -126,7 +126,6 @@ NORMS = {
 def test_norms_are_those_of_a_loop_over_groups(score, strict):
     run = jax.jit(partial(score, families=FAMILIES))
 
-    @settings(max_examples=12)
     @given(FLATS)
     def check(flat):
         params = tree_of(flat)

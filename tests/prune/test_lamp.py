@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcomp as jc
@@ -96,7 +96,6 @@ def test_masks_are_those_of_a_sort_but_for_scores_within_the_precision(sparsity)
 
 
 @given(SCORES, PERCENT)
-@settings(max_examples=12)
 def test_masks_of_a_few_levels_are_those_of_a_sort(flat, percent):
     scores = scores_of(flat)
     masks = lamp_budget(scores, percent / 100)
@@ -108,7 +107,6 @@ def test_masks_of_a_few_levels_are_those_of_a_sort(flat, percent):
 
 
 @given(SCORES, PERCENT)
-@settings(max_examples=12)
 def test_inside_a_leaf_the_lowest_go_and_of_equals_the_last(flat, percent):
     scores = scores_of(flat)
     for path, mask in lamp_budget(scores, percent / 100).items():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcomp as jc
@@ -141,7 +141,6 @@ RISES = st.tuples(*[st.integers(1, 50)] * 3).map(np.cumsum)
 
 
 @given(st.tuples(*[RISES] * 4), st.integers(0, 36))
-@settings(max_examples=12)
 def test_counts_are_those_of_a_bisection_in_floats(rises, zeros):
     sizes = np.array([10, 21, 0, 10])
 
@@ -162,7 +161,6 @@ def test_counts_are_those_of_a_bisection_in_floats(rises, zeros):
     st.tuples(*[st.tuples(*[st.integers(-2, 2)] * 3)] * 4),
     st.sampled_from([0.1, 0.35, 0.5, 0.77, 0.9]),
 )
-@settings(max_examples=12)
 def test_the_total_is_exact_and_no_leaf_goes_beyond_the_levels(rises, sparsity):
     found = np.array(counts(curves(*rises), sparsity))
     assert found.sum() == round(sparsity * 41)

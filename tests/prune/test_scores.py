@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given as drawn
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -63,7 +62,6 @@ def test_scores_lower_for_cpu_cuda_and_tpu():
 
 
 @drawn(hnp.arrays(np.float32, (6, 3), elements=st.floats(-8, 8, width=16)))
-@settings(max_examples=12)
 def test_weights_are_counted_in_standard_deviations(w):
     found = deviations(jnp.asarray(w))
     if np.ptp(w):
@@ -123,7 +121,6 @@ def entropy_reference(w, bins):
 
 
 @drawn(integers((6, 3)), st.sampled_from([4, 49]))
-@settings(max_examples=12)
 def test_entropy_is_that_of_the_histogram_of_each_unit(w, bins):
     found = unit_entropy(bins)(jnp.asarray(w, jnp.float32))
     expected = np.broadcast_to(entropy_reference(w, bins), (6, 3))
@@ -142,7 +139,6 @@ def test_entropy_agrees_with_numpy_histograms_along_any_axis():
 
 
 @drawn(integers((6, 3)), st.integers(1, 9), st.integers(-99, 99), st.integers(-90, 90))
-@settings(max_examples=12)
 def test_entropy_stays_when_a_unit_is_scaled_and_moved(w, scale, shift, power):
     score = unit_entropy(bins=4)
     expected = score(jnp.asarray(w, jnp.float32))
@@ -166,7 +162,6 @@ def test_a_histogram_needs_bins(bins):
 
 
 @drawn(hnp.arrays(np.float32, (6, 3), elements=st.sampled_from([0, 1])))
-@settings(max_examples=12)
 def test_density_is_the_fraction_that_numpy_counts(w):
     w *= -1  # of -0.0
     expected = np.float32(np.count_nonzero(w, axis=0)) / np.float32(6)

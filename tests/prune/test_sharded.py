@@ -3,10 +3,7 @@
 Run as a script, this file checks every row of `BUDGETS` on a mesh of devices.
 """
 
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -79,20 +76,8 @@ def choose_on_a_mesh():
         print(budget.__name__)
 
 
-def test_eight_devices_choose_what_one_does_and_only_sums_travel():
-    # A process of its own: devices are counted when JAX starts.
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-        " --xla_llvm_disable_expensive_passes=true"
-    )
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [budget.__name__ for budget in BUDGETS]
+def test_eight_devices_choose_what_one_does_and_only_sums_travel(on_eight_devices):
+    assert on_eight_devices(__file__) == [budget.__name__ for budget in BUDGETS]
 
 
 def test_what_a_compiled_program_sends_is_read_from_its_text():

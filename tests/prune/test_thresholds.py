@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -25,7 +25,6 @@ def test_weights_of_at_least_the_threshold_stay():
     hnp.arrays(np.float32, (8, 5), elements=st.floats(-9, 9, width=16)),
     st.floats(0.125, 3, width=32),
 )
-@settings(max_examples=12)
 def test_a_number_of_deviations_is_the_rule_of_han(w, quality):
     mask = masks_above({"a": jnp.asarray(w)}, quality, score=deviations)["a"]
     bound = quality * np.std(w, dtype=np.float64)

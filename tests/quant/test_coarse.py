@@ -87,7 +87,6 @@ NORMAL = st.floats(-4, 4, width=32, allow_subnormal=False)
 
 
 @given(hnp.arrays(np.float32, (4, 6), elements=NORMAL))
-@settings(max_examples=12)
 def test_no_binary_values_have_a_smaller_error(x):
     def error(scale):
         return np.sum((x - np.sign(x) * np.float64(scale)) ** 2)

@@ -158,7 +158,6 @@ def test_a_group_whose_scale_is_rounded_to_zero_becomes_zeros():
         np.testing.assert_allclose(dense, [1, -1, 0, 0], rtol=1e-6)
 
 
-@settings(max_examples=12)
 @given(hnp.arrays(np.float32, SHAPE, elements=ORDINARY))
 def test_a_searched_range_has_no_larger_error_in_any_group(x):
     def errors(reach):

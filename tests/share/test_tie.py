@@ -297,7 +297,6 @@ def test_a_member_lends_its_very_arrays_to_the_group():
     assert small["c"]["kernel"] is tree["a"]["kernel"]
 
 
-@settings(max_examples=12)
 @given(st.lists(st.integers(-9, 9), min_size=3, max_size=3), st.integers(-9, 9))
 def test_the_best_member_gives_the_least_loss_of_all(values, target):
     tree = {name: {"w": jnp.float32(x)} for name, x in zip("abc", values, strict=True)}

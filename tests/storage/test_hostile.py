@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcomp as jc
@@ -510,7 +510,6 @@ def test_the_tensors_of_a_file_are_checked_when_read_as_a_whole(path):
 
 
 @given(st.integers(1, 16), st.sampled_from([(1, 40), (3, 7)]), st.integers(0, 99))
-@settings(max_examples=12)
 def test_codes_are_packed_as_jax_packs_them(bits, shape, seed):
     rows, count = shape
     rng = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcomp as jc
@@ -336,7 +336,6 @@ def test_padding_that_is_something_else_stays(place):
     st.integers(2, 12),
     st.booleans(),
 )
-@settings(max_examples=12)
 def test_nodes_of_any_lanes_come_back(
     tmp_path_factory, rows, live, group, bits, uneven
 ):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -168,7 +168,6 @@ def test_counts_are_exact_at_every_choice_when_all_weights_tie():
     ),
     st.integers(0, 23),
 )
-@settings(max_examples=12)
 def test_counts_are_exact_whatever_the_weights(w, zeros):
     params = {"kernel": jnp.asarray(w)}
     masks = choice(params, jnp.float32(zeros / 24))["kernel"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -249,7 +249,6 @@ def two_steps(w, level):
     ),
     st.integers(0, 23),
 )
-@settings(max_examples=12)
 def test_the_model_sees_the_latent_weights_less_an_exact_count(w, zeros):
     kernel, mask, latent = two_steps(jnp.asarray(w), jnp.float32(zeros / 24))
     np.testing.assert_array_equal(mask, smallest_go(np.asarray(latent), zeros))

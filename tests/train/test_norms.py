@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -98,7 +98,6 @@ def test_two_outputs_by_hand():
     st.sampled_from([1e-5, 1e-3, 1.0]),
     st.sampled_from([jnp.float32, jnp.bfloat16]),
 )
-@settings(max_examples=12)
 def test_the_fold_is_that_of_numpy_in_float64(kernel, rest, epsilon, dtype):
     kernel, rest = jnp.asarray(kernel, dtype), jnp.asarray(rest, dtype)
     found = fold_norm(kernel, *rest, epsilon=epsilon)

@@ -168,7 +168,6 @@ def test_counts_follow_the_schedule_and_what_is_fixed_stays():
 
 
 @given(WEIGHTS, st.integers(0, 24))
-@settings(max_examples=12)
 def test_the_count_is_exact_and_the_choice_is_numpys(p, count):
     fixed, landed = chosen(jnp.asarray(p), jnp.float32(count / 24))
     order = np.argsort(-np.abs(p).reshape(-1), kind="stable")

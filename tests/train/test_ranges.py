@@ -42,7 +42,6 @@ def test_the_average_starts_at_the_first_range_and_moves_by_one_minus_decay(stri
 
 
 @given(SAMPLES)
-@settings(max_examples=12)
 def test_it_is_the_moving_average_of_numpy(x):
     limits, want = jnp.zeros(2), np.zeros(2)
     for row in x:
@@ -132,7 +131,6 @@ def test_in_its_own_range_it_is_quantize_affine_in_bfloat16_too():
 
 
 @given(SAMPLES, hnp.arrays(np.float32, (2,), elements=st.floats(-2, 2, width=32)))
-@settings(max_examples=12)
 def test_every_range_has_at_most_all_its_codes_and_a_zero(x, limits):
     low, high = min(limits.min(), 0), max(limits.max(), 0)
     y = np.asarray(fake_quantize_range(jnp.asarray(x), jnp.sort(limits), bits=3))

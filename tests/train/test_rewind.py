@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -254,7 +254,6 @@ def masks_of_two_rounds(w, first, second):
     st.integers(1, 15),
     st.integers(16, 31),
 )
-@settings(max_examples=12)
 def test_masks_only_shrink_and_counts_are_exact_whatever_the_weights(w, few, many):
     kernels, masks = masks_of_two_rounds(
         jnp.asarray(w), jnp.float32(few / 32), jnp.float32(many / 32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -128,7 +128,6 @@ ARRAYS = hnp.arrays(np.float32, (4, 6), elements=VALUES)
 
 
 @given(ARRAYS, ARRAYS, st.integers(0, 23))
-@settings(max_examples=12)
 def test_without_memory_it_is_weight_times_gradient_of_one_batch(w, g, zeros):
     found = first_mask(jnp.asarray(w), jnp.asarray(g), jnp.float32(zeros / 24))
     np.testing.assert_array_equal(found, lowest_go(np.abs(w * g), zeros))

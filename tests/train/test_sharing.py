@@ -65,7 +65,6 @@ def gradients(x, codebook):
 
 
 @given(WEIGHTS, CODEBOOKS)
-@settings(max_examples=12)
 def test_gradients_are_those_of_the_paper_in_numpy(x, codebook):
     args = jnp.asarray(x), jnp.asarray(codebook)
     y, (by_x, by_codebook), pulls = jax.tree.map(np.asarray, gradients(*args))
@@ -227,7 +226,6 @@ def test_one_soft_step_by_hand(strict):
 
 
 @given(WEIGHTS, CODEBOOKS, st.sampled_from([0.2, 1.0]))
-@settings(max_examples=12)
 def test_soft_sharing_is_that_of_the_paper_in_numpy(x, centroids, temperature):
     found = soft(jnp.asarray(x), jnp.asarray(centroids), temperature, steps=3)
     assert not np.asarray(found[0])[x == 0].any()
@@ -241,7 +239,6 @@ def test_soft_sharing_is_that_of_the_paper_in_numpy(x, centroids, temperature):
 
 
 @given(WEIGHTS, CODEBOOKS)
-@settings(max_examples=12)
 def test_in_the_cold_each_weight_has_the_nearest_of_the_new_values(x, centroids):
     shared, moved = soft(jnp.asarray(x), jnp.asarray(centroids), 1e-30, steps=3)
     assert np.all(np.isfinite(moved)) and np.all(np.isfinite(shared))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -95,7 +95,6 @@ def l1_of(w, updates, strength):
 
 
 @given(VALUES, VALUES, STRENGTHS)
-@settings(max_examples=12)
 def test_l1_is_the_soft_threshold_whatever_the_weights(w, u, strength):
     found = l1_of(w, u, jnp.float32(strength))
     expected = soft(w.astype(np.float64) + u, strength)
@@ -144,7 +143,6 @@ def groups_of(w, updates, strength, axis):
 
 
 @given(VALUES, VALUES, STRENGTHS, st.sampled_from([0, -1]))
-@settings(max_examples=12)
 def test_groups_are_those_of_a_plain_loop_whatever_the_weights(w, u, strength, axis):
     found = np.asarray(groups_of(w, u, jnp.float32(strength), axis))
     np.testing.assert_allclose(found, units(w + u, strength, axis), atol=2e-6)
@@ -182,7 +180,6 @@ def test_a_coupled_unit_dies_in_all_its_leaves_at_once():
 
 
 @given(VALUES, STRENGTHS)
-@settings(max_examples=12)
 def test_coupled_groups_of_one_slice_are_plain_groups(w, strength):
     np.testing.assert_array_equal(
         coupled_of(w, jnp.float32(strength)),
