@@ -166,8 +166,9 @@ def plan_tree(params: Any, recipe: Mapping[str, Any]) -> Plan:
     - ``rate``: bits per weight in the file, as `palettize_to_rate`.
     - ``sparsity``: the fraction of each leaf, smallest weights first, to make zero.
     - ``pattern``: "2:4" keeps the largest 2 of every 4 weights along the contraction:
-      the axis behind ``axis``, or before it if that is the last. As ``sparsity``, it
-      may go with ``bits``, ``clusters`` or ``rate``; its zeros stay.
+      the axis behind ``axis``, or before it if that is the last; where 4 does not
+      divide it, the last weights are a group too. As ``sparsity``, it may go with
+      ``bits``, ``clusters`` or ``rate``; its zeros stay.
     - ``lossless``: true leaves all arrays as they are, for the file to code.
 
     Args:
@@ -338,12 +339,11 @@ def _planned(path: str, leaf: Any, words: Mapping[str, Any], why: str) -> Planne
     if fits and axis is not None:
         axis %= len(shape)
         along = axis + 1 if axis + 1 < len(shape) else axis - 1
-    m = _n_of_m(words.get("pattern", "1:1"))[1]
-    if not fits or (shape or (1,))[along] % m:
+    if not fits or ("pattern" in words and not shape):
         raise ValueError(
             f"plan_tree cannot do {dict(words)} to leaf {path!r}, which is "
-            f"{_check.describe(leaf)}: no such axis, or axis {along} has a length that "
-            f"{m} does not divide. Give another 'axis', or keep the leaf."
+            f"{_check.describe(leaf)}: it has no such axis. Give another 'axis', or "
+            "keep the leaf."
         )
     make = _maker(words, axis, along)
     if is_compressed(leaf):

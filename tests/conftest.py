@@ -38,11 +38,8 @@ def on_eight_devices():
 
     def run(path):
         # A process of its own: devices are counted when JAX starts.
-        flags = (
-            "--xla_force_host_platform_device_count=8"
-            " --xla_backend_optimization_level=0"
-            " --xla_llvm_disable_expensive_passes=true"
-        )
+        flags = os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        flags += " --xla_force_host_platform_device_count=8"
         found = subprocess.run(
             [sys.executable, path],
             env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

@@ -150,6 +150,18 @@ def test_a_pattern_runs_along_the_axis_next_to_the_kept_one(shape, axis, along):
     assert np.all(np.count_nonzero(groups, axis=1) == 1)
 
 
+def test_a_pattern_that_does_not_divide_its_axis_ends_in_a_shorter_group():
+    x = {"w": drawn(0, (7, 3))}
+    plan = plan_tree(x, {"pattern": "1:4"})
+    found = apply_plan(x, plan)["w"]
+    mask = jc.prune.nm_mask(abs(x["w"]), 1, 4, along=0)
+    np.testing.assert_array_equal(found, jnp.where(mask, x["w"], 0))
+    assert np.count_nonzero(found) == 2 * 3
+    with pytest.raises(ValueError, match="'s', .* no such axis"):
+        scalar = {"w": x["w"], "s": np.float32(2).reshape(())}
+        plan_tree(scalar, {"set": {"s": {"pattern": "1:4"}}})
+
+
 def test_a_vector_shares_one_scale_unless_an_axis_is_given():
     x = {"w": drawn(0, 32), "s": np.float32(2).reshape(())}
     plan = plan_tree(x, {"set": {"*": {"bits": 8}}})
@@ -264,7 +276,7 @@ def test_a_file_that_is_wrong_is_named(tmp_path):
             "leaf 'name' .* of 'name': str. Narrow",
         ),
         ({"bits": 4, "axis": 2}, "'axis': 2} to leaf 'encoder/0/mlp/kernel', which is"),
-        ({"pattern": "2:5"}, r"float32\[32, 16\]: .* axis 0 .* that 5 does not divide"),
+        ({"bits": 4, "axis": -3}, r"float32\[32, 16\]: it has no such axis. Give anot"),
         ({"set": {}}, r"nothing to do: .* 7 leaves alone, .*kernel \(not in 'set'\)"),
         (
             {"sparsity": 0.5, "clusters": 1},

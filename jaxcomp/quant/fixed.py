@@ -54,12 +54,14 @@ def quantize_step(x: jax.Array, step: float, bits: int | None = None) -> QTensor
     if bits is not None:
         _check.integer_within("quantize_step", "bits", bits, 2, packing.WIDEST)
     if _check.is_concrete(x):
-        most = float(jnp.max(jnp.abs(in_steps(groups, scale[..., None])), initial=0))
-        if not math.isfinite(most):
+        steps = in_steps(groups, scale[..., None])
+        faults = steps[~jnp.isfinite(steps)]  # a maximum may lose a NaN
+        if faults.size:
             raise ValueError(
-                f"quantize_step needs finite values of |x / step|, got {most} at "
+                f"quantize_step needs finite values of |x / step|, got {faults[0]} at "
                 f"step={step}. Mend the values or take a larger step."
             )
+        most = float(jnp.max(jnp.abs(steps), initial=0))
         limit = bits or packing.WIDEST
         fits = max(2, int(most).bit_length() + 1)
         if fits > limit:

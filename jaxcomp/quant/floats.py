@@ -171,7 +171,10 @@ def nearest(x: jax.Array, format: str) -> jax.Array:
     dtype, most = jnp.dtype(format), top_of(format)
     least = -most if format != POWERS else float(jnp.finfo(jnp.float32).tiny)
     narrow = jnp.clip(x, least, most).astype(dtype)
-    return jax.lax.bitcast_convert_type(narrow, jnp.uint8 if bits == 8 else jnp.uint16)
+    code = jax.lax.bitcast_convert_type(narrow, jnp.uint8 if bits == 8 else jnp.uint16)
+    if format.endswith("fnuz"):  # XLA may round to -0, which is the NaN of these
+        code = jnp.where(code == 0x80, jnp.uint8(0), code)
+    return code
 
 
 def coded(groups: jax.Array, scale: jax.Array | None, format: str) -> jax.Array:

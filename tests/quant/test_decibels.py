@@ -64,7 +64,8 @@ def test_the_decibels_of_a_grid_are_the_published_ones(
 
 
 @pytest.mark.parametrize(
-    ("bits", "published"), [(2, 7.208), (3, 13.292), (4, 18.898), (5, 24.326)]
+    ("bits", "published"),
+    [(2, 7.208), (3, 13.292), (4, 18.898), (5, 24.326), (6, 29.709), (8, 40.540)],
 )
 def test_one_searched_scale_is_the_best_uniform_grid_of_a_normal_source(
     bits, published
@@ -72,3 +73,17 @@ def test_one_searched_scale_is_the_best_uniform_grid_of_a_normal_source(
     x = SOURCES["normal"]
     found = decibels(jc.quantize_searched(x, bits, axis=None), x)
     assert abs(found - published) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("source", "largest", "published"),
+    [("normal", 5.35, 38.30), ("laplace", 10.28 * 2**0.5, 32.62)],
+)
+def test_eight_bits_per_tensor_go_by_the_largest_weight(source, largest, published):
+    # C2 had 4 M samples, whose largest, so many deviations, its figure tells: the error
+    # is that of rounding to steps of a 127th of it.
+    x = SOURCES[source].at[0].set(largest)
+    rounding = 10 * np.log10(12 * float(jnp.mean(x * x)) * (127 / largest) ** 2)
+    found = decibels(jc.quantize(x, bits=8, axis=None), x)
+    assert found == pytest.approx(published, abs=0.03)
+    assert found == pytest.approx(rounding, abs=0.03)

@@ -669,7 +669,11 @@ def test_steps_that_do_not_fit_are_an_error(bits, needs, most):
 
 
 @pytest.mark.parametrize(
-    "x", [np.float32([np.inf]), np.float32([np.nan]), np.float16([60000])]
+    "x",
+    [
+        *(np.float32([np.inf]), np.float32([np.nan]), np.float16([60000])),
+        np.where(np.arange(999) == 7, np.nan, np.float32(0.01)),  # a maximum loses it
+    ],
 )
 def test_values_that_no_width_holds_are_an_error(x):
     with pytest.raises(ValueError, match="quantize_step needs"):
