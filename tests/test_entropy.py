@@ -528,8 +528,10 @@ def test_whatever_changes_comes_back_and_never_costs_more_than_one_block(parts, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entropy, "_SHORTEST", 22)
         patch.setattr(entropy, "cuts", None)
-        whole = encode_symbols(symbols.astype(np.uint8))
-    assert len(stream) <= 1.002 * len(whole) + 16
+        whole = len(encode_symbols(symbols.astype(np.uint8)))
+    # One block may end in a run that takes nothing, in less than the entropy of it all.
+    whole = max(whole, order0_entropy(np.bincount(symbols)) * symbols.size / 8)
+    assert len(stream) <= 1.002 * whole + 16
 
 
 def test_the_logarithm_of_counts_is_off_by_a_four_thousandth_of_a_bit():

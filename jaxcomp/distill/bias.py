@@ -34,12 +34,13 @@ def unseen_class_bias(logits: Any, frequency: Mapping[int, float]) -> jax.Array:
       float32[classes]: 0 for the classes left out, so that none of them gains on
       another. Add it, in float32, to the logits or to the bias of the last layer. Each
       class of ``frequency`` is then the argmax of exactly ``round(fraction * n)``
-      examples, half to even. A bias is 0 where that is so already, else halfway between
-      the two examples that it parts. Examples in which a class is equally far from
-      winning cannot be parted, nor can those that float32 sums of logit and bias do not
-      tell apart: the class then wins in the nearest number that can be had, the lower
-      of two. Several such classes, which disturb each other, come as near in all as
-      they did in 100 turns.
+      examples, half to even; should that be more than all of them, what was rounded up
+      most has one less. A bias is 0 where that is so already, else halfway between the
+      two examples that it parts. Examples in which a class is equally far from winning
+      cannot be parted, nor can those that float32 sums of logit and bias do not tell
+      apart: the class then wins in the nearest number that can be had, the lower of
+      two. Several such classes, which disturb each other, come as near in all as they
+      did in 100 turns.
 
     Raises:
       ValueError: ``logits`` are not a finite matrix, ``frequency`` names no class or
@@ -123,7 +124,7 @@ def _counts(frequency: Mapping[int, float], n: int, classes: int) -> dict[int, i
             "unseen_class_bias needs at least one class in `frequency` and one left "
             f"out of it, got {list(frequency)} of {classes} classes."
         )
-    counts = {}
+    exact: dict[int, Fraction] = {}
     for label, fraction in frequency.items():
         _check.integer_within("unseen_class_bias", "class", label, 0, classes - 1)
         if not 0 <= fraction <= 1:
@@ -132,10 +133,15 @@ def _counts(frequency: Mapping[int, float], n: int, classes: int) -> dict[int, i
                 f"{fraction} for class {label}."
             )
         # As the decimal that it prints as: 0.35 of 90 is 31.5, and not less.
-        counts[int(label)] = round(Fraction(str(float(fraction))) * n)
-    if sum(counts.values()) > n:
+        exact[int(label)] = Fraction(str(float(fraction))) * n
+    counts = {label: round(count) for label, count in exact.items()}
+    over = sum(counts.values()) - n
+    if over > 0 and float(sum(exact.values())) > n * (1 + 1e-9):
         raise ValueError(
             f"unseen_class_bias needs fractions of at most 1 in all, got {frequency}: "
             f"{sum(counts.values())} of {n} examples."
         )
+    rounded_up = sorted(exact, key=lambda label: exact[label] - counts[label])
+    for label in rounded_up[: max(over, 0)]:
+        counts[label] -= 1
     return counts

@@ -103,7 +103,8 @@ def quantize_to_rate(
         if _spent(np.asarray(counts), padding) <= budget or step >= 4 * most:
             break
         step *= 1.01  # the sample was too kind
-    if not bool(jnp.any(codes)) and bool(jnp.any(x)):
+    seen = 4 * float(jnp.finfo(x.dtype).tiny)  # no scale is less than half of it
+    if not bool(jnp.any(codes)) and bool(jnp.any(jnp.abs(x) > seen)):
         raise ValueError(
             f"{caller} needs a rate that leaves something of {_check.describe(x)}, got "
             f"{rate}: its scales and a table of two codes take all of it."

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import _check
+from jaxcomp._extremes import divided
 from jaxcomp.node import TiedTensor, densify, flatten, is_compressed
 from jaxcomp.tree import check_finite, list_paths
 
@@ -46,10 +47,7 @@ def average(
         w = jnp.stack(weights).astype(x.dtype)
         most = jnp.max(w, axis=0, keepdims=True)
         counts = most >= float(jnp.finfo(x.dtype).tiny)
-        most = jnp.where(counts, most, 1)
-        # XLA may divide by the reciprocal; that of a large number would be flushed.
-        near = jnp.where(most > 1, 2.0**-24, 2.0**24).astype(x.dtype)
-        shares = (w * near) / (most * near)
+        shares = divided(w, jnp.where(counts, most, 1))
         total = jnp.sum(x * (shares / jnp.sum(shares, axis=0, keepdims=True)), axis=0)
         total = jnp.clip(total, jnp.min(x, axis=0), jnp.max(x, axis=0))
         mean = jnp.where(counts, total[None], mean)

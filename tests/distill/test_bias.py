@@ -55,6 +55,12 @@ def test_one_class_wins_in_the_nearest_number_that_ties_allow(logits, fraction):
         assert off == 0
 
 
+def test_halves_that_are_rounded_up_together_are_no_more_than_all():
+    logits = np.arange(60.0, dtype=np.float32).reshape(15, 4) ** 2 % 37
+    bias = unseen_class_bias(logits, {3: 0.5, 0: 0.5})  # 7.5 each
+    assert [wins(logits, bias, label) for label in (3, 0)] == [7, 8]
+
+
 @given(DISTINCT, st.floats(0, 0.5), st.floats(0, 0.5))
 def test_the_seen_classes_do_not_gain_on_each_other(logits, one, two):
     bias = unseen_class_bias(logits, {3: one, 0: two})

@@ -15,8 +15,9 @@ from jaxcomp.train import sharing
 from jaxcomp.train.sharing import codebook_pull, fake_share, soft_share
 
 
-VALUES = st.sampled_from([0.0, 1.0, -1.0, 0.5]) | st.floats(
-    -4, 4, width=32, allow_subnormal=False
+# Shares of what is near the least normal number would be flushed to 0.
+VALUES = st.sampled_from([0.0, 1.0, -1.0, 0.5]) | st.floats(-4, 4, width=32).map(
+    lambda value: value if abs(value) > 1e-30 else 0.0
 )
 WEIGHTS = hnp.arrays(np.float32, (4, 6), elements=VALUES)
 CODEBOOKS = hnp.arrays(np.float32, (5,), elements=VALUES, unique=True)
@@ -235,7 +236,7 @@ def test_soft_sharing_is_that_of_the_paper_in_numpy(x, centroids, temperature):
         ):
             np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-4)
     else:
-        np.testing.assert_array_equal(found[1], centroids)
+        np.testing.assert_allclose(found[1], centroids, rtol=0, atol=1e-37)
 
 
 @given(WEIGHTS, CODEBOOKS)
