@@ -70,7 +70,7 @@ def test_one_code_takes_its_own_bytes(strict, bits):
     assert unpack(packed, bits=bits, count=1).tolist() == [2**bits - 1]
 
 
-@pytest.mark.parametrize("bits", [3])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
 def test_leading_axes_are_packed_one_by_one(strict, bits):
     codes = any_codes(0, bits, (2, 3, 13))
     packed = pack(jnp.asarray(codes), bits=bits)
@@ -80,7 +80,7 @@ def test_leading_axes_are_packed_one_by_one(strict, bits):
     np.testing.assert_array_equal(mapped, packed)
 
 
-@pytest.mark.parametrize("bits", [1, 5, 16])
+@pytest.mark.parametrize("bits", [1, 4, 5, 8, 16])
 @pytest.mark.parametrize("lead", [(), (2,)])
 def test_no_codes_take_no_bytes(strict, lead, bits):
     packed = pack(jnp.zeros((*lead, 0), jnp.uint8), bits=bits)
@@ -88,10 +88,11 @@ def test_no_codes_take_no_bytes(strict, lead, bits):
     assert unpack(packed, bits=bits, count=0).shape == (*lead, 0)
 
 
-def test_an_empty_leading_axis_stays_empty(strict):
-    packed = pack(jnp.zeros((0, 5), jnp.uint8), bits=3)
-    assert packed.shape == (0, 2)
-    assert unpack(packed, bits=3, count=5).shape == (0, 5)
+@pytest.mark.parametrize(("bits", "width"), [(2, 2), (3, 2), (4, 3), (8, 5)])
+def test_an_empty_leading_axis_stays_empty(strict, bits, width):
+    packed = pack(jnp.zeros((0, 5), jnp.uint8), bits=bits)
+    assert packed.shape == (0, width)
+    assert unpack(packed, bits=bits, count=5).shape == (0, 5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.uint16, jnp.uint32])

@@ -22,9 +22,9 @@ from jaxcomp.quant.floats import (
     powers,
     quantize_float,
     scaled,
-    top_of,
     valued,
 )
+from jaxcomp.quant.formats import top_of
 from jaxcomp.quant.grid import Axis, checked_settings, to_groups
 from jaxcomp.quant.ranges import Range, largest
 

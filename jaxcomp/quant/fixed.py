@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp import _check
 from jaxcomp import bits as packing
@@ -55,10 +56,10 @@ def quantize_step(x: jax.Array, step: float, bits: int | None = None) -> QTensor
         _check.integer_within("quantize_step", "bits", bits, 2, packing.WIDEST)
     if _check.is_concrete(x):
         steps = in_steps(groups, scale[..., None])
-        faults = steps[~jnp.isfinite(steps)]  # a maximum may lose a NaN
-        if faults.size:
+        if not bool(jnp.isfinite(steps).all()):  # a maximum may lose a NaN
+            fault = next(v for v in np.asarray(steps).flat if not np.isfinite(v))
             raise ValueError(
-                f"quantize_step needs finite values of |x / step|, got {faults[0]} at "
+                f"quantize_step needs finite values of |x / step|, got {fault} at "
                 f"step={step}. Mend the values or take a larger step."
             )
         most = float(jnp.max(jnp.abs(steps), initial=0))

@@ -20,7 +20,8 @@ from jaxcomp.quant.blocks import (
     quantize_nf4,
     quantize_nvfp4,
 )
-from jaxcomp.quant.floats import NF4, widened
+from jaxcomp.quant.floats import widened
+from jaxcomp.quant.formats import NF4
 from jaxcomp.quant.ranges import least_error
 
 
