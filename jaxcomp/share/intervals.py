@@ -108,12 +108,12 @@ def _layers(
             high = np.minimum(winner[row + step], row)
             low = np.minimum(np.maximum(winner[row - step], floor[row]), high)
             count = high - low + 1
-            head = np.cumsum(count) - count
-            s = np.arange(head[-1] + count[-1]) + np.repeat(low - head, count)
-            trial = best[s] + cost(s + q, np.repeat(row + q + 1, count))
-            total[row] = np.minimum.reduceat(trial, head)
-            hits = np.flatnonzero(trial == np.repeat(total[row], count))
-            winner[row] = s[hits[np.searchsorted(hits, head)]]
+            head = count.cumsum() - count  # methods: they take half as long to call
+            s = np.arange(head[-1] + count[-1]) + (low - head).repeat(count)
+            trial = best[s] + cost(s + q, (row + (q + 1)).repeat(count))
+            least = total[row] = np.minimum.reduceat(trial, head)
+            hits = (trial == least.repeat(count)).nonzero()[0]
+            winner[row] = s[hits[hits.searchsorted(head)]]
         yield total, winner[:rows].copy()
         best = total
         floor = np.append(winner[1:rows], winner[rows - 1]) - 1
