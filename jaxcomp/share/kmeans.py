@@ -16,7 +16,7 @@ from jaxcomp.share.intervals import Cost, cost_of, optimal_bounds, prefix_sums, 
 
 
 # Bins beyond one per cluster: what is left to gain is then near every bound.
-_SPARE_BINS = 4096
+_SPARE_BINS = 3072
 _TABLE_ENTRIES = 2**24  # spare bins times clusters: a few seconds
 
 
@@ -30,8 +30,8 @@ def optimal_centroids(
     The R Journal 3/2, 2011, in the O(k n log n) form of Grønlund et al., "Fast Exact
     k-Means, k-Medians and Bregman Divergence Clustering in 1D", arXiv:1701.07204.
 
-    Departs from the papers above 4096 distinct values, by up to 1e-4 of the error at
-    256 clusters: the cut is first sought among about ``clusters + 4096`` bins, which
+    Departs from the papers above 3072 distinct values, by up to 1e-4 of the error at
+    256 clusters: the cut is first sought among about ``clusters + 3072`` bins, which
     keep their exact moments; then all its bounds move at once, to the best of a few
     places around each, down to single values. From 2**19 float32 values on these are
     those of a `histogram`, if it is fine enough. `exact_centroids` does none of this.

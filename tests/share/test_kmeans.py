@@ -184,7 +184,7 @@ def test_as_many_clusters_as_values_but_one_merge_the_closest_pair():
         (optimal_centroids, 4, 0.11748185, [0.4528, 1.5104]),
         (exact_centroids, 8, 0.034547761, [0.2451, 0.7560, 1.3439, 2.1519]),
         (
-            optimal_centroids,
+            exact_centroids,
             *(16, 0.009501008),
             [0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326],
         ),
