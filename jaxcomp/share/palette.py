@@ -80,8 +80,8 @@ class SharedTensor(CompressedArray):
         """Packed codes of the nearest values; zeros and equal entries keep theirs."""
         flat, table = x.reshape(-1), self.table()
         order = jnp.argsort(table)
-        ranked = table[order].astype(_check.wide(table.dtype))  # a 16-bit sum overflows
-        middles = (ranked[1:] + ranked[:-1]) / 2
+        halves = table[order].astype(_check.wide(table.dtype)) / 2  # sums may overflow
+        middles = halves[1:] + halves[:-1]
         nearest = order[jnp.searchsorted(middles, flat.astype(middles.dtype))]
         old = packing.unpack(self.codes, self.bits, self.size)
         codes = jnp.where(flat == table[old], old, nearest.astype(old.dtype))

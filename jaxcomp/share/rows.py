@@ -111,7 +111,8 @@ def palettize_rows(
 
     Returns:
       A `RowSharedTensor`; exact zeros stay exactly zero. A group with no more than
-      ``clusters`` values is kept bit for bit (-0.0 becomes 0.0).
+      ``clusters`` values, 0 counted if ``x`` has a zero anywhere, is kept bit for bit
+      (-0.0 becomes 0.0).
 
     Raises:
       ValueError: a number is out of range, ``x`` is empty, traced or not finite, or one

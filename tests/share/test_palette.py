@@ -369,6 +369,13 @@ def test_nearest_is_right_for_the_largest_values_of_a_dtype():
     assert moved.dense().tolist() == [0.0, 40000.0, 60000.0]
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_nearest_is_right_where_two_values_together_overflow(dtype):
+    node = palettize(jnp.array([0.0, 2e38, 3e38], dtype), 3)
+    moved = encode(node, jnp.array([0.0, 2.9e38, 3.1e38], dtype))
+    np.testing.assert_array_equal(moved.dense(), jnp.array([0.0, 3e38, 3e38], dtype))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, *NARROW])
 def test_a_palette_needs_no_dtype_promotion(strict, dtype):
     x = jnp.asarray(np.array([[0.0, 1.0], [2.0, 3.0]], dtype))
