@@ -84,15 +84,14 @@ def test_as_many_clusters_as_vectors_are_exact(dtype):
     np.testing.assert_array_equal(bits_of(node.dense()), bits_of(x))
 
 
-@pytest.mark.parametrize(("along", "tail"), [(0, 2), (1, 1), (-1, 1)])
-def test_vectors_run_along_any_axis_and_the_last_may_stick_out(along, tail):
+@pytest.mark.parametrize("along", [0, 1, -1])
+def test_vectors_run_along_any_axis_and_the_last_may_stick_out(along):
     x = jnp.asarray(normal((2, 5, 3)))
     node = palettize_vectors(KEY, x, 64, 4, along=along)
     np.testing.assert_array_equal(node.dense(), x)
     lanes = 30 // x.shape[along]
     count = lanes * -(-x.shape[along] // 4)
     assert node.codes.size == bits.nbytes(count, node.bits)
-    assert x.shape[along] % 4 == tail or x.shape[along] == 3
 
 
 @pytest.mark.parametrize("correlated", [False, True])
